@@ -1,0 +1,179 @@
+"""Pairs on disk -> datalist, and patient-level folds.
+
+A data set is a folder with four sub-folders of equal file names, split into train/val/test sub-folders or not, or a
+MONAI datalist JSON. Each item of the datalist is a dictionary of paths: `case`, `patient`, `moving_image`,
+`fixed_image` and, where there are labels, `moving_label`, `fixed_label`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from scripts.checks import InputError
+
+FOLDERS = (  # (moving_image, fixed_image, moving_label, fixed_label)
+    ("moving_images", "fixed_images", "moving_labels", "fixed_labels"),
+    ("mr_images", "us_images", "mr_labels", "us_labels"),
+)
+KEYS = ("moving_image", "fixed_image", "moving_label", "fixed_label")
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
+
+
+def case_name(path: str | Path) -> str:
+    """File name without its image suffix; a DICOM folder's name as it is."""
+    name = Path(path).name
+    return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), name)
+
+
+def _images(folder: Path) -> dict[str, Path]:
+    """Case name -> image file or DICOM folder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: folder not found")
+    paths = [
+        p
+        for p in sorted(folder.iterdir())
+        if not p.name.startswith(".") and (p.is_dir() or p.name.lower().endswith(SUFFIXES))
+    ]
+    names = [case_name(p) for p in paths]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise InputError(f"{folder}: more than one file for case {twice[0]}")
+    return dict(zip(names, paths, strict=True))
+
+
+def _pairs_in_folder(folder: Path, labels: bool) -> list[dict[str, str]]:
+    """The pairs of one four-folder layout; label folders may be missing where labels are not needed."""
+    found = [names for names in FOLDERS if (folder / names[0]).is_dir() or (folder / names[1]).is_dir()]
+    if len(found) != 1:
+        raise InputError(
+            f"{folder}: expected the sub-folders {', '.join(FOLDERS[0])}, or {', '.join(FOLDERS[1])}"
+            + ("; found both" if found else "")
+        )
+    wanted = found[0] if labels or (folder / found[0][2]).is_dir() else found[0][:2]
+    files = {key: _images(folder / name) for key, name in zip(KEYS, wanted, strict=False)}
+    for key, name in zip(files, wanted, strict=True):
+        missing = sorted(set(files["moving_image"]) ^ set(files[key]))
+        if missing:
+            raise InputError(
+                f"{folder / name}: unpaired case {missing[0]}: it must have the same name in {wanted[0]} and {name}"
+                + (f" ({len(missing)} such cases)" if len(missing) > 1 else "")
+            )
+    if not files["moving_image"]:
+        raise InputError(f"{folder / wanted[0]}: no images; expected files ending in {', '.join(SUFFIXES)}, or folders")
+    return [{"case": case} | {k: str(files[k][case]) for k in files} for case in files["moving_image"]]
+
+
+def _pairs_in_json(path: Path, labels: bool) -> dict[str, list[dict[str, str]]]:
+    """Split -> pairs of a MONAI datalist JSON; relative paths are relative to the file."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a readable JSON file: {error}") from error
+    splits = {}
+    for split, names in SPLITS.items():
+        items = next((content[n] for n in names if n in content), None) if isinstance(content, dict) else None
+        for i, item in enumerate(items or []):
+            missing = [k for k in (KEYS if labels else KEYS[:2]) if not isinstance(item.get(k), str)]
+            if missing:
+                raise InputError(f"{path}: {split} item {i} lacks {missing[0]}; a pair needs {', '.join(KEYS)}")
+            pair = {k: str(path.parent / item[k]) for k in KEYS if k in item}
+            absent = next((p for p in pair.values() if not Path(p).exists()), None)
+            if absent:
+                raise InputError(f"{absent}: named in {path} but not found")
+            pair["case"] = str(item.get("case", case_name(pair["fixed_image"])))
+            if "patient" in item:
+                pair["patient"] = str(item["patient"])
+            splits.setdefault(split, []).append(pair)
+    if not splits:
+        raise InputError(f'{path}: no pairs; expected lists named "training", "validation" or "test"')
+    return splits
+
+
+def folds(patients: list[str], count: int, seed: int = 0) -> list[list[str]]:
+    """Patients dealt at random into folds whose sizes differ by at most one (§3.3: 76 patients, 12 folds -> 8×6 + 4×7).
+
+    Args:
+        patients: one id per case; a patient's cases stay together.
+        count: number of folds, 2 or more.
+
+    Raises:
+        InputError: fewer patients than folds, or fewer than two folds.
+    """
+    unique = sorted(set(patients))
+    if count < 2 or count > len(unique):
+        raise InputError(f"{count} folds need at least 2 folds and as many patients; found {len(unique)} patients")
+    order = np.random.default_rng(seed).permutation(len(unique))
+    return [sorted(unique[i] for i in order[k::count]) for k in range(count)]
+
+
+def datalist(
+    dataset_dir: str,
+    split: str,
+    labels: bool = True,
+    fold: int | None = None,
+    fold_count: int = 0,
+    fold_seed: int = 0,
+    patient_pattern: str | None = None,
+) -> list[dict[str, str]]:
+    """The pairs of one split.
+
+    With train/val/test sub-folders (or lists of a JSON) those are the splits. Without, every pair is in "train" and in
+    "test" and none in "val", unless a fold is named: then that fold's patients are "val" and "test", the others "train".
+
+    Args:
+        dataset_dir: the data set's folder, or a datalist JSON.
+        split: "train", "val" or "test".
+        labels: whether labels are required.
+        fold, fold_count, fold_seed: patient-level cross-validation over a data set that is not split.
+        patient_pattern: regular expression whose first group, in the case name, is the patient; else each case is its
+            own patient.
+
+    Raises:
+        InputError: a missing folder, unpaired names, a repeated case, no pairs, a patient in two splits, a bad fold.
+
+    Example:
+        ``datalist("data", "train", fold=0, fold_count=4)``
+    """
+    root = Path(dataset_dir)
+    if not root.exists():
+        raise InputError(f"{root}: folder not found; pass --dataset_dir DIR")
+    present = [name for name in SPLITS if (root / name).is_dir()]
+    if root.is_file():
+        splits = _pairs_in_json(root, labels)
+    elif present:
+        splits = {name: _pairs_in_folder(root / name, labels) for name in present}
+    else:
+        splits = {"train": _pairs_in_folder(root, labels)}
+    for pairs in splits.values():
+        for pair in pairs:
+            match = re.search(patient_pattern, pair["case"]) if patient_pattern else None
+            if patient_pattern and not match:
+                raise InputError(f"{pair['case']}: the patient pattern {patient_pattern!r} does not match this case")
+            pair.setdefault("patient", match[1] if match and match.groups() else match[0] if match else pair["case"])
+    if fold is not None:
+        if len(splits) > 1:
+            raise InputError(f"{root}: is already split into {', '.join(splits)}; folds are for a data set that is not")
+        pairs = next(iter(splits.values()))
+        if not 0 <= fold < fold_count:
+            raise InputError(f"fold {fold} of {fold_count}: count from 0 to {fold_count - 1}")
+        held_out = folds([p["patient"] for p in pairs], fold_count, fold_seed)[fold]
+        test = [p for p in pairs if p["patient"] in held_out]
+        splits = {"train": [p for p in pairs if p["patient"] not in held_out], "val": test, "test": test}
+    elif set(splits) == {"train"}:
+        splits["test"] = splits["train"]
+    else:
+        _refuse_shared_patients(root, splits)
+    return splits.get(split, [])
+
+
+def _refuse_shared_patients(root: Path, splits: dict[str, list[dict[str, str]]]) -> None:
+    owner: dict[str, str] = {}
+    for split, pairs in splits.items():
+        for patient in {p["patient"] for p in pairs}:
+            if owner.setdefault(patient, split) != split:
+                raise InputError(f"{root}: patient {patient} is in {owner[patient]} and in {split}")

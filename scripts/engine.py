@@ -1,0 +1,90 @@
+"""The few lines that join batch, network and loss in MONAI's Ignite engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import CheckpointLoader
+from monai.inferers import SimpleInferer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from scripts.checks import InputError
+
+
+def prepare_batch(
+    batch: Mapping[str, Any], device: torch.device | str, non_blocking: bool = False
+) -> tuple[Tensor, dict[str, Tensor] | None]:
+    """A collated batch -> network input and the targets of `scripts.losses.LabelDrivenLoss`, on the device.
+
+    Args:
+        batch: `image` (B, 2, X, Y, Z), and for training `moving_label`, `fixed_label`, `spacing`.
+
+    Returns:
+        The image and a dictionary of the three targets; None without labels.
+    """
+    image = batch["image"].to(device, non_blocking=non_blocking)
+    keys = ("moving_label", "fixed_label", "spacing")
+    targets = {k: batch[k].to(device, non_blocking=non_blocking) for k in keys if k in batch}
+    return image, targets if len(targets) == len(keys) else None
+
+
+class MixedPrecisionInferer(SimpleInferer):
+    """Run the network, and only the network, in mixed precision; warp and losses see a float32 DDF.
+
+    bfloat16 has float32's range, so no loss scaling is needed, and CPUs have it too.
+
+    Args:
+        amp: False is plain float32.
+    """
+
+    def __init__(self, amp: bool = False) -> None:
+        super().__init__()
+        self.amp = amp
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
+            return super().__call__(inputs, network, *args, **kwargs).float()
+
+
+class TrainingProgress:
+    """One progress bar over all iterations of a run, with the current loss and the time left."""
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
+        engine.add_event_handler(Events.COMPLETED, lambda: self.bar.close())
+
+    def _open(self, engine: Engine) -> None:
+        total = engine.state.max_epochs * engine.state.epoch_length
+        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="Training", unit="step", mininterval=1)
+
+    def _step(self, engine: Engine) -> None:
+        self.bar.set_postfix(loss=f"{engine.state.output[0]['loss']:.3f}", refresh=False)
+        self.bar.update()
+
+
+class ResumeLatest:
+    """Load the newest checkpoint of a run before it starts: network, optimiser and the trainer's place.
+
+    Args:
+        folder: where `CheckpointSaver` wrote.
+        load_dict: name -> object, the same as was saved.
+
+    Raises:
+        InputError: no checkpoint in `folder`.
+    """
+
+    def __init__(self, folder: str, load_dict: Mapping[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.load_dict = dict(load_dict)
+
+    def attach(self, engine: Engine) -> None:
+        found = sorted(self.folder.glob("checkpoint_epoch=*.pt"), key=lambda p: int(p.stem.split("=")[1]))
+        if not found:
+            raise InputError(f"{self.folder}: no checkpoint to resume from; train without --resume first")
+        CheckpointLoader(str(found[-1]), self.load_dict).attach(engine)

@@ -1,0 +1,134 @@
+"""Displacement-field mathematics on tensors: sampling, warping, Jacobian, and the way from voxels to world millimetres.
+
+Conventions: a DDF has shape (B, 3, X, Y, Z), order x, y, z, in voxels of its own grid, and pulls:
+``warped(p) = moving(p + ddf(p))``. An affine is a 4×4 matrix, voxel -> world mm, RAS. Nothing here knows files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def identity_grid(size: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Voxel coordinates of a grid: shape (3, X, Y, Z), order x, y, z."""
+    axes = [torch.arange(n, dtype=dtype, device=device) for n in size]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
+
+
+def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:
+    """Values of an image at voxel coordinates.
+
+    Args:
+        image: shape (B, C, X, Y, Z).
+        points: shape (B, 3, X', Y', Z'), voxel coordinates of `image`, order x, y, z.
+        mode: "bilinear" (trilinear in 3-D) or "nearest".
+        padding_mode: "border", "zeros" (fades to zero over one voxel beyond the outermost centres), or "outside": zero
+            beyond the outer faces of the outermost voxels and border inside them, which is what ITK does.
+
+    Returns:
+        Shape (B, C, X', Y', Z').
+    """
+    size = torch.tensor(image.shape[2:], dtype=points.dtype, device=points.device).view(1, 3, 1, 1, 1)
+    # (2p + 1)/n - 1 is grid_sample's coordinate with align_corners=False; a single slice needs no special case
+    grid = ((2 * points + 1) / size - 1).permute(0, 2, 3, 4, 1).flip(-1)
+    outside = padding_mode == "outside"
+    values = F.grid_sample(
+        image, grid.to(image.dtype), mode, "border" if outside else padding_mode, align_corners=False
+    )
+    if outside:
+        inside = ((points >= -0.5) & (points <= size - 0.5)).all(1, keepdim=True)
+        values = values * inside
+    return values
+
+
+def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str = "zeros") -> Tensor:
+    """Image pulled back by a DDF on the same grid: ``warped(p) = image(p + ddf(p))`` (Hu et al. 2018, §2.1).
+
+    Args:
+        image: shape (B, C, X, Y, Z).
+        ddf: shape (B, 3, X, Y, Z), voxels.
+        mode, padding_mode: as in `sample`; zeros outside suit labels, border suits display.
+
+    Raises:
+        ValueError: `image` and `ddf` are not on one grid.
+    """
+    if ddf.shape != (image.shape[0], 3, *image.shape[2:]):
+        raise ValueError(f"image {tuple(image.shape)} and ddf {tuple(ddf.shape)} are not on one grid")
+    return sample(image, identity_grid(ddf.shape[2:], ddf.dtype, ddf.device) + ddf, mode, padding_mode)
+
+
+def jacobian_determinant(displacement: Tensor, affine: Tensor | None = None) -> Tensor:
+    """det(∂(p + u)/∂p) at interior voxels by central differences; ≤ 0 where the field folds (Fig. 10).
+
+    Args:
+        displacement: shape (B, 3, X, Y, Z); voxels, or mm when `affine` is given.
+        affine: voxel -> world of the grid, shape (4, 4).
+
+    Returns:
+        Shape (B, X-2, Y-2, Z-2), without unit.
+    """
+    f = displacement
+    gradient = torch.stack(
+        [
+            (f[:, :, 2:, 1:-1, 1:-1] - f[:, :, :-2, 1:-1, 1:-1]) / 2,
+            (f[:, :, 1:-1, 2:, 1:-1] - f[:, :, 1:-1, :-2, 1:-1]) / 2,
+            (f[:, :, 1:-1, 1:-1, 2:] - f[:, :, 1:-1, 1:-1, :-2]) / 2,
+        ],
+        dim=-1,
+    ).movedim(1, -2)  # (B, X, Y, Z, component, axis)
+    if affine is not None:
+        gradient = gradient @ torch.linalg.inv(affine[:3, :3]).to(gradient)
+    return torch.linalg.det(gradient + torch.eye(3, dtype=f.dtype, device=f.device))
+
+
+def transform_points(affine: Tensor, points: Tensor) -> Tensor:
+    """A 4×4 affine applied to points of shape (B, 3, X, Y, Z)."""
+    affine = affine.to(points)
+    return torch.einsum("ij,bj...->bi...", affine[:3, :3], points) + affine[:3, 3].view(1, 3, 1, 1, 1)
+
+
+def world_displacement(ddf: Tensor, grid_affine: Tensor, start: Tensor, affine: Tensor, size: Sequence[int]) -> Tensor:
+    """The whole transform, start alignment composed in, as a displacement in world millimetres on any grid.
+
+    With the start S (fixed world -> moving world) and the grid affine A of the DDF, the transform is
+    ``T(x) = S(x + A_linear · ddf(A⁻¹ x))`` and the result is ``T(x) − x``.
+
+    Args:
+        ddf: shape (1, 3, X, Y, Z), voxels of the working grid.
+        grid_affine: voxel -> world of the working grid, shape (4, 4).
+        start: fixed world -> moving world, shape (4, 4), RAS mm.
+        affine, size: the grid to express it on, usually the original fixed image's.
+
+    Returns:
+        Shape (1, 3, *size), float64, RAS mm.
+    """
+    x = transform_points(affine.double(), identity_grid(size, torch.float64, ddf.device)[None])
+    grid_affine = grid_affine.double().to(ddf.device)
+    u = sample(ddf.double(), transform_points(torch.linalg.inv(grid_affine), x))
+    moved = x + torch.einsum("ij,bj...->bi...", grid_affine[:3, :3], u)
+    return transform_points(start.double(), moved) - x
+
+
+def pull(
+    moving: Tensor, moving_affine: Tensor, displacement: Tensor, affine: Tensor, mode: str = "bilinear"
+) -> Tensor:
+    """A moving volume on its own grid, pulled onto the grid of a world displacement in one interpolation.
+
+    Args:
+        moving: shape (1, C, X, Y, Z).
+        moving_affine: its voxel -> world, shape (4, 4).
+        displacement: shape (1, 3, X', Y', Z'), RAS mm, on the grid of `affine`.
+        mode: "bilinear" or "nearest".
+
+    Returns:
+        Shape (1, C, X', Y', Z'), float64; zero outside the moving volume.
+    """
+    x = transform_points(
+        affine.double(), identity_grid(displacement.shape[2:], torch.float64, displacement.device)[None]
+    )
+    points = transform_points(torch.linalg.inv(moving_affine.double()), x + displacement)
+    return sample(moving.double(), points, mode, padding_mode="outside")

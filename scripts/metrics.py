@@ -1,0 +1,157 @@
+"""TRE, DSC and folding (Hu et al. 2018, §3.3), and the table of one evaluation."""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor
+
+from scripts import fields
+from scripts.transforms import to_original_grid
+
+
+def centroid(label: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Centre of mass of the label binarised at ≥ 0.5, in mm along the grid's axes: (B, 1, X, Y, Z) -> (B, 3).
+
+    NaN where the binarised label is empty.
+    """
+    mask = (label >= 0.5).double()
+    grid = fields.identity_grid(label.shape[2:], torch.float64, label.device)
+    centre = torch.einsum("bxyz,cxyz->bc", mask[:, 0], grid) / mask.sum((2, 3, 4))
+    return centre * torch.as_tensor(spacing, dtype=torch.float64, device=label.device)
+
+
+def centroid_distance(a: Tensor, b: Tensor, spacing: Sequence[float]) -> Tensor:
+    """Distance between label centroids in mm: the error of one landmark (Hu et al. 2018, §3.3).
+
+    Args:
+        a, b: label maps in [0, 1], shape (B, 1, X, Y, Z), on one grid.
+        spacing: voxel size (x, y, z) in mm.
+
+    Returns:
+        Shape (B,); NaN where either label is empty.
+
+    Raises:
+        ValueError: the shapes of `a` and `b` differ.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"labels are not on one grid: {tuple(a.shape)} and {tuple(b.shape)}")
+    return (centroid(a, spacing) - centroid(b, spacing)).norm(dim=1)
+
+
+def dice(a: Tensor, b: Tensor) -> Tensor:
+    """DSC of two labels binarised at ≥ 0.5: (B, 1, X, Y, Z) twice -> (B,); NaN where both are empty (§3.3)."""
+    a, b = a >= 0.5, b >= 0.5
+    return 2 * (a & b).sum((1, 2, 3, 4)).double() / (a.sum((1, 2, 3, 4)) + b.sum((1, 2, 3, 4)))
+
+
+def target_registration_error(distances: Sequence[float]) -> float:
+    """TRE of one case in mm: root mean square of its centroid distances (§3.3).
+
+    Distances that are NaN (an empty warped label) are left out; the caller counts and names them. NaN if none is left.
+    """
+    known = [d for d in distances if not math.isnan(d)]
+    return math.sqrt(sum(d * d for d in known) / len(known)) if known else math.nan
+
+
+def folded_percent(displacement: Tensor, affine: Tensor) -> float:
+    """Percentage of voxels where the transform folds, det J ≤ 0; `displacement` (1, 3, X, Y, Z) in RAS mm."""
+    return 100 * (fields.jacobian_determinant(displacement, affine) <= 0).double().mean().item()
+
+
+def evaluate_labels(warped: Tensor, fixed: Tensor, spacing: Sequence[float]) -> list[dict[str, float]]:
+    """One row per label: `dsc` and `distance_mm`; both (M, X, Y, Z) on the fixed grid, channel m the same structure.
+
+    A label that is absent, empty in the fixed image, gives NaN for both; one that is empty after warping gives DSC 0
+    and distance NaN.
+    """
+    a, b = warped[:, None], fixed[:, None]
+    absent = (fixed < 0.5).all(-1).all(-1).all(-1)
+    scores = zip(dice(a, b).masked_fill(absent, math.nan), centroid_distance(a, b, spacing), strict=True)
+    return [{"dsc": d.item(), "distance_mm": c.item()} for d, c in scores]
+
+
+class EvaluationTable:
+    """Ignite handler that scores each registered case, before (start alignment only) and after, on the original grid.
+
+    Channel 0 is the gland, the others are landmarks. Medians over the cases go to `engine.state.metrics`:
+    `dsc_before`, `dsc`, `tre_before_mm`, `tre_mm` (landmarks), `tre_with_gland_before_mm`, `tre_with_gland_mm`,
+    `folded_percent`, `seconds` (network, field and warp), and the number `empty_warped`. Cases go to `rows`.
+
+    Args:
+        output_dir: where to write `cases.csv` and `landmarks.csv`; None writes nothing.
+    """
+
+    def __init__(self, output_dir: str | None = None) -> None:
+        self.output_dir = output_dir
+        self.rows: list[dict] = []
+        self.landmark_rows: list[dict] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._reset)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._start_clock)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._summarise)
+
+    def _reset(self) -> None:
+        self.rows, self.landmark_rows = [], []
+
+    def _start_clock(self) -> None:
+        self._started = time.perf_counter()
+
+    def _add(self, engine: Engine) -> None:
+        seconds = (time.perf_counter() - self._started) / len(engine.state.output)
+        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
+            item = {**batch, **output}
+            fixed = item["original_fixed_label"]
+            spacing = fixed.affine[:3, :3].norm(dim=0)
+            before = to_original_grid(item, torch.zeros_like(output["pred"]))
+            row = {"case": item["case"], "patient": item["patient"]}
+            for suffix, warped in (("_before", before["moving_label"]), ("", item["warped_moving_label"])):
+                labels = evaluate_labels(warped, fixed.as_tensor(), spacing)
+                distances = [label["distance_mm"] for label in labels]
+                row[f"dsc{suffix}"] = labels[0]["dsc"]
+                row[f"tre{suffix}_mm"] = target_registration_error(distances[1:])
+                row[f"tre_with_gland{suffix}_mm"] = target_registration_error(distances)
+                for m, label in enumerate(labels):
+                    if not suffix:
+                        first = len(self.landmark_rows) - len(labels) + m
+                        self.landmark_rows[first] |= label | {
+                            "empty_warped": not math.isnan(label["dsc"]) and math.isnan(label["distance_mm"])
+                        }
+                    else:
+                        self.landmark_rows.append(
+                            {"case": item["case"], "patient": item["patient"], "label": m}
+                            | {f"{name.removesuffix('_mm')}_before{'_mm' * name.endswith('_mm')}": v for name, v in label.items()}
+                        )
+            row["folded_percent"] = folded_percent(item["displacement"][None], fixed.affine)
+            row["empty_warped"] = sum(r["empty_warped"] for r in self.landmark_rows[-len(labels) :])
+            row["seconds"] = seconds
+            self.rows.append(row)
+
+    def _summarise(self, engine: Engine) -> None:
+        for name in [k for k in self.rows[0] if k not in ("case", "patient")] if self.rows else []:
+            values = [row[name] for row in self.rows if not math.isnan(row[name])]
+            if values:
+                engine.state.metrics[name] = sum(values) if name == "empty_warped" else median(values)
+        if self.output_dir is not None:
+            for name, rows in (("cases.csv", self.rows), ("landmarks.csv", self.landmark_rows)):
+                write_csv(Path(self.output_dir) / name, rows)
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows that share their keys as a CSV file, through a temporary file in the same folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)

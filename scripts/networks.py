@@ -1,0 +1,180 @@
+"""The summed-DDF network of Hu et al. (MedIA 2018), §2.3 and Fig. 4."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LEVELS = 4  # down-samplings; the deepest feature map is 2**LEVELS times coarser than the input
+BN_EPS = 1e-3  # label-reg; the paper is silent
+
+
+def conv_bn(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Sequential:
+    """Convolution without bias, then batch normalisation: (B, in, X, Y, Z) -> (B, out, X, Y, Z)."""
+    return nn.Sequential(
+        nn.Conv3d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False),
+        nn.BatchNorm3d(out_channels, eps=BN_EPS),
+    )
+
+
+def additive_upsampling(x: Tensor) -> Tensor:
+    """Trilinear additive up-sampling, no parameters (§2.3): (B, 2C, X, Y, Z) -> (B, C, 2X, 2Y, 2Z).
+
+    The two contiguous halves of the channels are added, not averaged. They are added before the resize, which is
+    linear, so the value is the same at half the cost.
+    """
+    first, second = torch.chunk(x, 2, dim=1)
+    return F.interpolate(first + second, scale_factor=2.0, mode="trilinear", align_corners=False)
+
+
+class ResidualUnit(nn.Module):
+    """conv-BN-ReLU, conv-BN, plus the shortcut, ReLU (Fig. 4)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = conv_bn(channels, channels)
+        self.conv2 = conv_bn(channels, channels)
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        return F.relu(self.conv2(F.relu(self.conv1(x))) + shortcut)
+
+
+class DownBlock(nn.Module):
+    """One encoder level (Fig. 4): returns the pooled features and the skip, which is taken before the residual unit."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = conv_bn(in_channels, out_channels, kernel)
+        self.residual = ResidualUnit(out_channels)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        skip = F.relu(self.conv(x))
+        return F.max_pool3d(self.residual(skip, skip), 2), skip
+
+
+class UpBlock(nn.Module):
+    """One decoder level (Fig. 4): transposed convolution plus additive up-sampling, skip summation, residual unit."""
+
+    def __init__(self, channels: int, additive: bool, skip_in_shortcut_only: bool) -> None:
+        super().__init__()
+        self.deconv = nn.ConvTranspose3d(2 * channels, channels, 3, stride=2, padding=1, output_padding=1, bias=False)
+        self.norm = nn.BatchNorm3d(channels, eps=BN_EPS)
+        self.residual = ResidualUnit(channels)
+        self.additive = additive
+        self.skip_in_shortcut_only = skip_in_shortcut_only
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        h = F.relu(self.norm(self.deconv(x)))
+        if self.additive:
+            h = h + additive_upsampling(x)
+        summed = h + skip
+        return self.residual(h if self.skip_in_shortcut_only else summed, summed)
+
+
+class Summand(nn.Module):
+    """Displacement summand δ_k (§2.3): conv 3 with bias, zero-initialised; its field at its own resolution, voxels of
+    the full grid."""
+
+    def __init__(self, channels: int, level: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(channels, 3, 3, padding=1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        self.index = LEVELS - level  # of its feature map; TorchScript reads attributes, not globals
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        # float32 from here on: half precision resolves only 0.06 voxel at a displacement of 100
+        return self.conv(features[self.index]).float()
+
+
+class SummedDDFNet(nn.Module):
+    """Moving and fixed image -> dense displacement field, the sum of the summands δ_k (Hu et al. 2018, §2.3, Fig. 4).
+
+    The field is in voxels of the input grid, order x, y, z, and pulls: ``warped(p) = moving(p + ddf(p))``. At
+    initialisation it is zero. Sizes that are not a multiple of 16 are padded inside and cropped again.
+
+    Args:
+        initial_channels: channels of level 0 (the paper's n0 = 32); level k has n0 * 2**k.
+        summands: the levels k whose δ_k are summed; (0,) is the paper's Baseline-δ0, (1, 2, 3, 4) Baseline-δ1-4.
+        additive: trilinear additive up-sampling in the decoder; False is the paper's ablation.
+        skip_in_shortcut_only: label-reg's code adds the skip only to the shortcut of the decoder's residual unit,
+            Fig. 4 adds it before the unit (the default).
+
+    Raises:
+        ValueError: `summands` is empty, repeats a level or names one outside 0..4.
+
+    Example:
+        >>> SummedDDFNet(initial_channels=4)(torch.rand(1, 2, 20, 31, 17)).shape
+        torch.Size([1, 3, 20, 31, 17])
+    """
+
+    def __init__(
+        self,
+        initial_channels: int = 32,
+        summands: Sequence[int] = (0, 1, 2, 3, 4),
+        additive: bool = True,
+        skip_in_shortcut_only: bool = False,
+    ) -> None:
+        super().__init__()
+        if not summands or len(set(summands)) != len(summands) or not set(summands) <= set(range(LEVELS + 1)):
+            raise ValueError(f"summands must be distinct levels out of 0..{LEVELS}, got {tuple(summands)}")
+        self.unit = 2**LEVELS  # the network's inner sizes are multiples of this
+        n = [initial_channels * 2**k for k in range(LEVELS + 1)]
+        self.down = nn.ModuleList(
+            DownBlock(n[k - 1] if k else 2, n[k], kernel=3 if k else 7) for k in range(LEVELS)
+        )
+        self.deep = conv_bn(n[LEVELS - 1], n[LEVELS])
+        lowest = min(summands)  # decoder levels that no summand needs are not built
+        self.up = nn.ModuleList(
+            UpBlock(n[k], additive, skip_in_shortcut_only) for k in range(LEVELS - 1, lowest - 1, -1)
+        )
+        for module in self.modules():
+            if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+                nn.init.xavier_uniform_(module.weight)
+        self.summands = nn.ModuleList(Summand(n[k], k) for k in sorted(summands, reverse=True))
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Feature maps of levels 4, 3, … down to the lowest summand; `image` (B, 2, X, Y, Z), sides multiples of 16."""
+        skips: list[Tensor] = []
+        x = image
+        for down in self.down:
+            x, skip = down(x)
+            skips.append(skip)
+        x = F.relu(self.deep(x))
+        features = [x]
+        for i, up in enumerate(self.up):
+            x = up(x, skips[len(skips) - 1 - i])
+            features.append(x)
+        return features
+
+    def displacement_summands(self, image: Tensor) -> list[Tensor]:
+        """The fields δ_k before their sum, deepest level first: each (B, 3, X, Y, Z), voxels of the input grid."""
+        size = image.shape[2:]
+        unit = self.unit
+        px, py, pz = (-size[0]) % unit, (-size[1]) % unit, (-size[2]) % unit
+        low = [px // 2, py // 2, pz // 2]
+        # zero is the mean of a normalised image
+        image = F.pad(image, [low[2], pz - low[2], low[1], py - low[1], low[0], px - low[0]])
+        features = self.features(image)
+        fields: list[Tensor] = []
+        for summand in self.summands:
+            field = F.interpolate(summand(features), size=image.shape[2:], mode="trilinear", align_corners=False)
+            fields.append(
+                field[:, :, low[0] : low[0] + size[0], low[1] : low[1] + size[1], low[2] : low[2] + size[2]]
+            )
+        return fields
+
+    def forward(self, image: Tensor) -> Tensor:
+        """DDF of an image pair.
+
+        Args:
+            image: shape (B, 2, X, Y, Z): channel 0 the moving, channel 1 the fixed image, on the fixed grid.
+
+        Returns:
+            Shape (B, 3, X, Y, Z), voxels of that grid.
+        """
+        # MONAI's LocalNet averages the levels; the paper sums them
+        return torch.stack(self.displacement_summands(image)).sum(0)

@@ -1,0 +1,268 @@
+"""Dictionary transforms of a pair: load and check, bring onto the fixed grid, draw a label, augment, warp back.
+
+The keys are the datalist's: `moving_image`, `fixed_image`, `moving_label`, `fixed_label`. Images are (C, X, Y, Z).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import ITKReader, MetaTensor
+from monai.transforms import LoadImage, MapTransform, Orientation, Randomizable, Transform
+from torch import Tensor
+from torch.nn import functional as F
+
+from scripts import checks, fields
+from scripts.data import KEYS
+
+IMAGES, LABELS = KEYS[:2], KEYS[2:]
+
+
+class LoadPaird(Transform):
+    """Load the files of one pair and pass them through the input gate.
+
+    NIfTI, MetaImage, NRRD or a folder with one DICOM series; labels 3-D, 4-D with the label last, or an integer index
+    map. Adds or replaces the four keys by channel-first `MetaTensor`s, float32, each with its own affine (RAS mm).
+
+    Args:
+        label_values: the structures of an integer index map in the order of the channels, the gland first; None if
+            label files hold one binary map per channel.
+
+    Raises:
+        InputError: any refusal of `scripts.checks`; a file that cannot be read.
+    """
+
+    def __init__(self, label_values: Sequence[int] | None = None) -> None:
+        self.label_values = label_values
+
+    def __call__(self, data: Mapping[Hashable, str]) -> dict:
+        d = dict(data)
+        for key in IMAGES:
+            d[key] = self._load(data[key])
+            if len(d[key]) != 1:
+                raise checks.InputError(f"{data[key]}: expected one image, found {len(d[key])} channels")
+            checks.check_image(data[key], d[key].numpy())
+        if not all(key in d for key in LABELS):
+            return {k: v for k, v in d.items() if k not in LABELS}
+        for key, image in zip(LABELS, IMAGES, strict=True):
+            label = self._load(data[key])
+            checks.check_label_geometry(
+                data[key], tuple(label.shape[1:]), label.affine, data[image], tuple(d[image].shape[1:]), d[image].affine
+            )
+            if self.label_values is not None:
+                unknown = sorted(set(np.unique(label.numpy())) - {0, *self.label_values})
+                if len(label) != 1 or unknown:
+                    found = f"value {unknown[0]:g}" if unknown else f"{len(label)} channels"
+                    raise checks.InputError(f"{data[key]}: {found} in an index map of values {list(self.label_values)}")
+                label = MetaTensor(torch.cat([label == v for v in self.label_values]).float(), affine=label.affine)
+            checks.check_labels(data[key], label.numpy())
+            d[key] = label
+        checks.check_label_counts(data[LABELS[0]], len(d[LABELS[0]]), data[LABELS[1]], len(d[LABELS[1]]))
+        return d
+
+    @staticmethod
+    def _load(path: str) -> MetaTensor:
+        if not Path(path).exists():
+            raise checks.InputError(f"{path}: file not found")
+        try:
+            if path.lower().endswith((".nii", ".nii.gz")):
+                # MONAI's NibabelReader drops the origin of a 4-D NIfTI, nibabel does not
+                nifti = nib.load(path)
+                array, affine = np.asarray(nifti.dataobj, dtype=np.float32), nifti.affine
+                array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
+            else:
+                image = LoadImage(reader=ITKReader, image_only=True, ensure_channel_first=True)(path)
+                array, affine = image.numpy().astype(np.float32), image.affine.numpy()
+        except Exception as error:  # whatever a reader raises on a damaged file is one thing to the user
+            reason = str(error.__cause__ or error).strip().splitlines()
+            why = reason[-1] if reason else repr(error)
+            raise checks.InputError(f"{path}: cannot be read as an image: {why}") from error
+        checks.check_geometry(path, array.shape[1:], affine)
+        return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine).double())
+
+
+def read_start(start: str, moving: MetaTensor, fixed: MetaTensor) -> Tensor:
+    """The start alignment as a 4×4 matrix, fixed world -> moving world, RAS mm, float64.
+
+    Args:
+        start: "centre" (the volumes' centres coincide, axes keep their world directions), "header" (world coordinates
+            as they are), or a linear ITK transform file (.tfm, .txt, .mat; fixed -> moving, LPS, as ITK writes it).
+        moving, fixed: the volumes, shape (C, X, Y, Z).
+
+    Raises:
+        InputError: no such file, or not one linear 3-D transform.
+    """
+    matrix = torch.eye(4, dtype=torch.float64)
+    if start == "centre":
+        for volume, sign in ((moving, 1), (fixed, -1)):
+            middle = (torch.tensor(volume.shape[1:], dtype=torch.float64) - 1) / 2
+            matrix[:3, 3] += sign * (volume.affine[:3, :3].double() @ middle + volume.affine[:3, 3].double())
+    elif start != "header":
+        matrix = _read_itk_matrix(start)
+    return matrix
+
+
+def _read_itk_matrix(path: str) -> Tensor:
+    import itk  # slow to import, and only this start needs it
+
+    if not Path(path).is_file():
+        raise checks.InputError(f'{path}: not found; a start is "centre", "header" or a linear ITK transform file')
+    try:
+        transforms = itk.transformread(path)
+    except RuntimeError as error:
+        raise checks.InputError(f"{path}: ITK cannot read this transform") from error
+    if len(transforms) != 1 or not hasattr(transforms[0], "GetMatrix"):
+        raise checks.InputError(f"{path}: expected one linear 3-D transform")
+    matrix = torch.eye(4, dtype=torch.float64)
+    matrix[:3, :3] = torch.from_numpy(np.array(itk.array_from_matrix(transforms[0].GetMatrix())))
+    matrix[:3, 3] = torch.tensor(list(transforms[0].GetOffset()), dtype=torch.float64)
+    flip = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64))  # LPS <-> RAS
+    return flip @ matrix @ flip
+
+
+class OntoFixedGridd(MapTransform):
+    """Bring a pair onto the working grid: the fixed image's field of view in its own axes, reordered to RAS, isotropic.
+
+    Each volume is interpolated once: the moving image is pulled through the start alignment straight onto the grid.
+    Adds `image`, the network's input (2, X, Y, Z): channel 0 moving, 1 fixed; replaces the labels by soft maps
+    (M, X, Y, Z) on the same grid; adds `grid_affine` (4, 4), voxel -> world RAS mm, `start` (4, 4), fixed world ->
+    moving world, and `spacing` (3,) in mm.
+
+    Args:
+        spacing: voxel size of the working grid in mm; None or "none" keeps the fixed file's.
+        start: see `read_start`.
+    """
+
+    def __init__(self, spacing: float | None | str = 0.8, start: str = "centre") -> None:
+        super().__init__(KEYS, allow_missing_keys=True)
+        self.spacing = None if spacing in (None, "none") else float(spacing)
+        self.start = start
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d = dict(data)
+        fixed = Orientation(axcodes="RAS", labels=None)(d["fixed_image"])
+        affine = fixed.affine.double()
+        old = affine[:3, :3].norm(dim=0)
+        new = torch.full((3,), self.spacing, dtype=torch.float64) if self.spacing else old
+        old_size = torch.tensor(fixed.shape[1:], dtype=torch.float64)
+        size = (old_size * old / new - 1e-3).ceil().int()
+        grid_affine = affine.clone()
+        grid_affine[:3, :3] *= new / old
+        grid_affine[:3, 3] += affine[:3, :3] @ ((old_size - 1) / 2) - grid_affine[:3, :3] @ ((size - 1).double() / 2)
+        start = read_start(self.start, d["moving_image"], d["fixed_image"])
+        voxels = fields.identity_grid(size.tolist(), torch.float64, "cpu")[None]
+        for key in self.key_iterator(d):
+            own = d[key].affine.double()
+            if key in (IMAGES[0], LABELS[0]):
+                own = torch.linalg.inv(start) @ own  # where the moving volume lies in the fixed world
+            points = fields.transform_points(torch.linalg.inv(own) @ grid_affine, voxels)
+            padding = "outside" if key in LABELS else "border"
+            d[key] = fields.sample(d[key].as_tensor()[None].double(), points, padding_mode=padding)[0].float()
+        d["image"] = torch.cat([d.pop("moving_image"), d.pop("fixed_image")])
+        return d | {"grid_affine": grid_affine, "start": start, "spacing": new}
+
+
+class DrawLabeld(Randomizable, Transform):
+    """The second stage of the two-stage sampling, Eq. (3): draw one label of the pair uniformly.
+
+    A label that is empty in either image on the working grid is never drawn. Replaces `moving_label` and `fixed_label`
+    (M, X, Y, Z) by the drawn (1, X, Y, Z).
+
+    Raises:
+        InputError: no label of the pair can be drawn.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict:
+        d = dict(data)
+        present = [(d[key] >= 0.5).flatten(1).any(1) for key in LABELS]
+        drawable = np.flatnonzero((present[0] & present[1]).numpy())
+        if not len(drawable):
+            raise checks.InputError(f"{d.get('case', 'pair')}: no label is present in both images on the working grid")
+        label = int(drawable[self.R.randint(len(drawable))])
+        return d | {key: d[key][label : label + 1] for key in LABELS}
+
+
+def corner_affine(uniform: np.ndarray, strength: float) -> np.ndarray:
+    """label-reg's random affine: four corners of [−1, 1]³ move inward by `strength * uniform` per coordinate.
+
+    Args:
+        uniform: numbers in [0, 1], shape (4, 3), one row per corner.
+        strength: the largest shift in normalised units; 0.1 in label-reg.
+
+    Returns:
+        Shape (3, 4), output -> input coordinates in [−1, 1]³: at 0.1 the diagonal lies in [.9, 1], the off-diagonal
+        in ±.05, the translation in ±.1.
+    """
+    corners = np.array([[-1, -1, -1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=float)
+    moved = corners - np.sign(corners) * strength * uniform
+    return np.linalg.solve(np.c_[corners, np.ones(4)], moved).T
+
+
+class RandAffinePaird(Randomizable, Transform):
+    """Independent random affines for the moving and the fixed side, the same for an image and its label (§3.2).
+
+    Args:
+        strength: see `corner_affine`; 0 switches the augmentation off.
+    """
+
+    def __init__(self, strength: float = 0.1) -> None:
+        self.strength = strength
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict:
+        d = dict(data)
+        if not self.strength:
+            return d
+        sides = []
+        for channel, label in enumerate(LABELS):
+            theta = torch.from_numpy(corner_affine(self.R.rand(4, 3), self.strength)).float()[None]
+            # affine_grid counts x, y, z from the last axis
+            theta = torch.cat([theta[:, :, :3].flip(1, 2), theta[:, :, 3:].flip(1)], dim=2)
+            grid = F.affine_grid(theta, [1, 1, *d["image"].shape[1:]], align_corners=False)
+            side = d["image"][None, channel : channel + 1]
+            sides.append(F.grid_sample(side, grid, padding_mode="border", align_corners=False)[0])
+            d[label] = F.grid_sample(d[label][None], grid, align_corners=False)[0]
+        return d | {"image": torch.cat(sides)}
+
+
+class KeepOriginalsd(MapTransform):
+    """Keep each volume as loaded under `original_…`, for the final warp and the metrics on the original grid."""
+
+    def __init__(self) -> None:
+        super().__init__(KEYS, allow_missing_keys=True)
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        return dict(data) | {f"original_{key}": data[key] for key in self.key_iterator(data)}
+
+
+def to_original_grid(data: Mapping[Hashable, Tensor], ddf: Tensor) -> dict[str, Tensor]:
+    """A DDF of the working grid as one transform between the original images, and the moving volumes warped by it.
+
+    Args:
+        data: `grid_affine`, `start` and the `original_…` volumes.
+        ddf: shape (3, X, Y, Z), voxels of the working grid; zero gives the start alignment alone.
+
+    Returns:
+        `displacement` (3, X, Y, Z), RAS mm on the original fixed grid, start alignment composed in; `moving_image` and,
+        where there are moving labels, `moving_label` (soft maps), on that grid, each interpolated once.
+    """
+    affine, size = data["original_fixed_image"].affine, data["original_fixed_image"].shape[1:]
+    ddf = torch.as_tensor(ddf)[None].cpu()
+    u = fields.world_displacement(ddf, data["grid_affine"].cpu(), data["start"].cpu(), affine, size)
+    result = {"displacement": u[0]}
+    for key in ("moving_image", "moving_label"):
+        if f"original_{key}" in data:
+            volume = data[f"original_{key}"]
+            result[key] = fields.pull(volume.as_tensor()[None], volume.affine, u, affine)[0].float()
+    return result
+
+
+class ToOriginalGridd(Transform):
+    """Add `displacement`, `warped_moving_image` and `warped_moving_label` from `pred`, see `to_original_grid`."""
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict:
+        result = to_original_grid(data, data["pred"])
+        return dict(data) | {k if k == "displacement" else f"warped_{k}": v for k, v in result.items()}
