@@ -124,3 +124,28 @@ def check_label_counts(moving_path: str | Path, moving: int, fixed_path: str | P
         raise InputError(
             f"{moving_path}: {moving} labels, but {fixed_path} has {fixed}; label m must be the same structure in both"
         )
+
+
+def check_weights(path: str, network) -> str:
+    """Refuse weights that are missing, are not plain tensors, or do not fit `network`; returns `path`.
+
+    Raises:
+        InputError: see above.
+    """
+    import torch  # only here: the rest of the gate needs numpy alone
+
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no weights there; train first (configs/train.json writes them), or pass --ckpt_path FILE")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        shapes = {k: tuple(v.shape) for k, v in found.items()}
+    except Exception as error:  # whatever a damaged or hostile file raises is one refusal
+        raise InputError(f"{path}: not a readable weights file of plain tensors") from error
+    wanted = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    if shapes != wanted:
+        name = next(k for k in [*wanted, *shapes] if shapes.get(k) != wanted.get(k))
+        raise InputError(
+            f"{path}: does not fit the network: {name} is {shapes.get(name, 'absent')} in the file,"
+            f" {wanted.get(name, 'absent')} in the network; pass the settings it was trained with (--initial_channels, …)"
+        )
+    return path

@@ -46,23 +46,26 @@ class LoadPaird(Transform):
             if len(d[key]) != 1:
                 raise checks.InputError(f"{data[key]}: expected one image, found {len(d[key])} channels")
             checks.check_image(data[key], d[key].numpy())
-        if not all(key in d for key in LABELS):
-            return {k: v for k, v in d.items() if k not in LABELS}
         for key, image in zip(LABELS, IMAGES, strict=True):
-            label = self._load(data[key])
-            checks.check_label_geometry(
-                data[key], tuple(label.shape[1:]), label.affine, data[image], tuple(d[image].shape[1:]), d[image].affine
-            )
-            if self.label_values is not None:
-                unknown = sorted(set(np.unique(label.numpy())) - {0, *self.label_values})
-                if len(label) != 1 or unknown:
-                    found = f"value {unknown[0]:g}" if unknown else f"{len(label)} channels"
-                    raise checks.InputError(f"{data[key]}: {found} in an index map of values {list(self.label_values)}")
-                label = MetaTensor(torch.cat([label == v for v in self.label_values]).float(), affine=label.affine)
-            checks.check_labels(data[key], label.numpy())
-            d[key] = label
-        checks.check_label_counts(data[LABELS[0]], len(d[LABELS[0]]), data[LABELS[1]], len(d[LABELS[1]]))
-        return d
+            if key in d:
+                d[key] = self._load_label(data[key], data[image], d[image])
+        if all(key in d for key in LABELS):
+            checks.check_label_counts(data[LABELS[0]], len(d[LABELS[0]]), data[LABELS[1]], len(d[LABELS[1]]))
+        return d | {"moving_file": data["moving_image"], "fixed_file": data["fixed_image"]}
+
+    def _load_label(self, path: str, image_path: str, image: MetaTensor) -> MetaTensor:
+        label = self._load(path)
+        checks.check_label_geometry(
+            path, tuple(label.shape[1:]), label.affine, image_path, tuple(image.shape[1:]), image.affine
+        )
+        if self.label_values is not None:
+            unknown = sorted(set(np.unique(label.numpy())) - {0, *self.label_values})
+            if len(label) != 1 or unknown:
+                found = f"value {unknown[0]:g}" if unknown else f"{len(label)} channels"
+                raise checks.InputError(f"{path}: {found} in an index map of values {list(self.label_values)}")
+            label = MetaTensor(torch.cat([label == v for v in self.label_values]).float(), affine=label.affine)
+        checks.check_labels(path, label.numpy())
+        return label
 
     @staticmethod
     def _load(path: str) -> MetaTensor:

@@ -1,0 +1,132 @@
+"""`python -m scripts VERB`: register a pair, simulate a cohort, run the demonstration.
+
+Heavy imports live inside the verbs, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def register(
+    moving: str,
+    fixed: str,
+    output_dir: str,
+    start: str = "centre",
+    moving_labels: str | None = None,
+    fixed_labels: str | None = None,
+    overlay: str | None = None,
+    **settings,
+) -> None:
+    """Register one MR to one TRUS volume by running configs/inference.json. Research use only.
+
+    Example:
+        python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out
+
+    Writes warped_moving_image.nii.gz, ddf.nii.gz, overview.png and qa.json, and with labels
+    warped_moving_label.nii.gz. ddf.nii.gz maps the original fixed world to the original moving world, in LPS mm, as ITK
+    reads it: applied to the original moving image it gives the warped one.
+
+    Args:
+        moving: the MR, a NIfTI, MetaImage or NRRD file, or a folder with one DICOM series.
+        fixed: the TRUS volume, likewise.
+        output_dir: where to write; made if it does not exist.
+        start: "centre" (the volumes' centres coincide), "header" (world coordinates as they are), or a linear ITK
+            transform file that maps fixed to moving points.
+        moving_labels: label file of the moving image, warped as well.
+        fixed_labels: label file of the fixed image; with moving_labels, DSC and TRE are reported.
+        overlay: a config with the settings the weights were trained with, for example configs/real_pairs_cpu.yaml.
+        settings: any setting of configs/inference.json, for example --ckpt_path FILE or --initial_channels 8.
+    """
+    pair = {"moving_image": moving, "fixed_image": fixed, "moving_label": moving_labels, "fixed_label": fixed_labels}
+    # absolute paths: a config value that starts with $, @ or % would be evaluated, a path that starts with / is not
+    pair = {k: str(Path(str(v)).resolve()) for k, v in pair.items() if v is not None}
+    if start not in ("centre", "header"):
+        start = str(Path(str(start)).resolve())
+    if "ckpt_path" in settings:
+        settings["ckpt_path"] = str(Path(str(settings["ckpt_path"])).resolve())
+    from scripts.data import case_name
+
+    pair |= {"case": case_name(fixed), "patient": case_name(fixed)}
+    run_config(
+        "inference.json",
+        overlay,
+        datalist=[pair],
+        output_dir=str(Path(str(output_dir)).resolve()),
+        start=start,
+        case_folders=False,
+        **settings,
+    )
+
+
+def phantom(output_dir: str, patients: int = 20, seed: int = 0) -> None:
+    """Simulate a cohort of MR-TRUS pairs with labels and the true displacement.
+
+    Example:
+        python -m scripts phantom --output_dir cohort --patients 76 --seed 1
+
+    Args:
+        output_dir: a folder that is empty or does not exist; gets train, val and test sub-folders.
+        patients: number of pairs, one per patient.
+        seed: the same seed gives the same cohort.
+    """
+    from scripts.checks import InputError
+    from scripts.phantom import write_cohort
+
+    try:
+        write_cohort(output_dir, patients=patients, seed=seed)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def demo(output_dir: str = "demo", iterations: int | None = None) -> None:
+    """Simulate phantoms, train on them for about three minutes, register the held-out ones and show what came of it.
+
+    Example:
+        python -m scripts demo --output_dir demo
+
+    Args:
+        output_dir: the demonstration's own folder; an earlier demonstration in it is replaced.
+        iterations: training steps; the default is that of configs/demo.yaml.
+    """
+    from scripts.demo import run_demo
+
+    run_demo(Path(output_dir).resolve(), iterations)
+
+
+def run_config(name: str, overlay: str | Path | None, **settings) -> None:
+    """Run a config of this bundle in this process, as `python -m monai.bundle run` does."""
+    import logging
+
+    from monai.bundle import ConfigWorkflow
+
+    for noisy in ("monai", "ignite", "py.warnings"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    files = [str(ROOT / "configs" / name)] + ([str(Path(overlay).resolve())] if overlay else [])
+    kind = "train" if name.startswith("train") else "infer"
+    workflow = ConfigWorkflow(files, logging_file=False, workflow_type=kind, **settings)
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+
+
+def main() -> None:
+    import fire
+
+    from scripts.checks import refusal
+
+    try:
+        fire.Fire({"register": register, "phantom": phantom, "demo": demo}, name="python -m scripts")
+    except Exception as error:
+        refused = refusal(error)
+        if refused is None:
+            raise
+        print(f"error: {refused}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

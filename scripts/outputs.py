@@ -1,0 +1,186 @@
+"""The folder a registration leaves: warped image, field, warped labels, a picture and a QA record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import monai
+import nibabel as nib
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.transforms import Orientation
+from torch import Tensor
+
+from scripts import fields, figures, metrics
+from scripts.checks import InputError
+from scripts.transforms import to_original_grid
+
+NOTICE = "Research use only. Not for clinical decisions."
+
+
+def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, dtype: type) -> None:
+    """Write a NIfTI file, sform = qform = `affine` (RAS mm); `volume` (X, Y, Z) or (X, Y, Z, M)."""
+    image = nib.Nifti1Image(np.ascontiguousarray(volume, dtype=dtype), affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+
+
+def save_displacement(path: Path, displacement: np.ndarray, affine: np.ndarray) -> None:
+    """Write a displacement as ITK, SimpleITK, 3D Slicer and ANTs read it: 5-D (X, Y, Z, 1, 3), intent 1007, LPS mm.
+
+    Args:
+        displacement: shape (3, X, Y, Z), RAS mm, fixed world -> moving world minus identity.
+        affine: voxel -> world of the fixed grid, RAS mm.
+    """
+    lps = displacement * np.array([-1, -1, 1]).reshape(3, 1, 1, 1)
+    image = nib.Nifti1Image(np.moveaxis(lps, 0, -1)[..., None, :].astype(np.float64), affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    image.header.set_intent("vector")
+    image.header.set_xyzt_units("mm")
+    nib.save(image, path)
+
+
+def quality(item: Mapping[str, Any]) -> dict[str, Any]:
+    """The QA figures of one registration: folding, Jacobian, displacement and coverage, DSC and TRE if there are labels.
+
+    Args:
+        item: what `scripts.transforms.ToOriginalGridd` leaves.
+    """
+    affine = item["original_fixed_image"].affine
+    displacement = item["displacement"][None]
+    jacobian = fields.jacobian_determinant(displacement, affine)
+    x = fields.transform_points(affine.double(), fields.identity_grid(displacement.shape[2:], torch.float64, "cpu")[None])
+    covered = torch.ones_like(item["original_moving_image"].as_tensor())[None]
+    covered = fields.pull(covered, item["original_moving_image"].affine, displacement, affine)
+    record = {
+        "folded_percent": 100 * (jacobian <= 0).double().mean().item(),
+        "jacobian_min": jacobian.min().item(),
+        "jacobian_sd_log": jacobian.clamp_min(1e-9).log().std().item(),
+        "max_displacement_mm": _deformation(item, x).norm(dim=1).max().item(),
+        "covered_percent": 100 * (covered > 0).double().mean().item(),
+    }
+    if "original_fixed_label" in item and "warped_moving_label" in item:
+        fixed = item["original_fixed_label"].as_tensor()
+        start = to_original_grid(item, torch.zeros_like(item["pred"]))
+        for suffix, warped in (("_before", start["moving_label"]), ("", item["warped_moving_label"])):
+            rows = metrics.evaluate_labels(warped, fixed, affine[:3, :3].norm(dim=0))
+            record[f"gland_dsc{suffix}"] = rows[0]["dsc"]
+            record[f"tre{suffix}_mm"] = metrics.target_registration_error([r["distance_mm"] for r in rows[1:]])
+    return {k: v if math.isfinite(v) else None for k, v in record.items()}
+
+
+def _deformation(item: Mapping[str, Any], x: Tensor) -> Tensor:
+    """The displacement without the start alignment, (1, 3, X, Y, Z), mm in the fixed world: S⁻¹(T(x)) − x."""
+    start = torch.linalg.inv(item["start"].double().cpu())
+    return fields.transform_points(start, x + item["displacement"][None]) - x
+
+
+def save_overview(path: Path, item: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Draw `scripts.figures.overview` for one case on the original fixed grid, axes reordered to RAS."""
+    affine = item["original_fixed_image"].affine.double()
+    reorient = Orientation(axcodes="RAS", labels=None)
+
+    def ras(volume: Tensor) -> MetaTensor:
+        return reorient(MetaTensor(torch.as_tensor(volume), affine=affine))
+
+    start = to_original_grid(item, torch.zeros_like(item["pred"]))
+    size = item["displacement"].shape[1:]
+    x = fields.transform_points(affine, fields.identity_grid(size, torch.float64, "cpu")[None])
+    world = ras(_deformation(item, x)[0])
+    ddf = torch.einsum("ij,j...->i...", torch.linalg.inv(world.affine[:3, :3].double()), world.as_tensor())
+    glands = {
+        "fixed_gland": item.get("original_fixed_label"),
+        "gland_before": start.get("moving_label"),
+        "gland_after": item.get("warped_moving_label"),
+    }
+    facts = [f"folded voxels {record['folded_percent']:.2f} %", f"largest displacement {record['max_displacement_mm']:.1f} mm"]
+    if record.get("tre_mm") is not None:
+        facts.insert(0, f"TRE {record['tre_before_mm']:.1f} → {record['tre_mm']:.1f} mm")
+    if record.get("gland_dsc") is not None:
+        facts.insert(0, f"gland DSC {record['gland_dsc_before']:.2f} → {record['gland_dsc']:.2f}")
+    figures.overview(
+        path,
+        ras(item["original_fixed_image"].as_tensor())[0].numpy(),
+        ras(start["moving_image"])[0].numpy(),
+        ras(item["warped_moving_image"])[0].numpy(),
+        ddf.numpy(),
+        world.affine[:3, :3].norm(dim=0).tolist(),
+        facts=facts,
+        **{k: ras(torch.as_tensor(v)[:1].float())[0].numpy() for k, v in glands.items() if v is not None},
+    )
+
+
+def save_registration(folder: Path, item: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    """Write everything one registration leaves into `folder`, or nothing: files appear when all of them are complete.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
+    try:
+        affine = item["original_fixed_image"].affine.numpy()
+        save_volume(
+            partial / "warped_moving_image.nii.gz", item["warped_moving_image"][0].numpy(), affine, dtype=np.float32
+        )
+        save_displacement(partial / "ddf.nii.gz", item["displacement"].numpy(), affine)
+        if "warped_moving_label" in item:
+            binary = (item["warped_moving_label"] >= 0.5).movedim(0, -1).numpy()
+            binary = binary[..., 0] if binary.shape[-1] == 1 else binary
+            save_volume(partial / "warped_moving_label.nii.gz", binary, affine, dtype=np.uint8)
+        record = quality(item)
+        save_overview(partial / "overview.png", item, record)
+        known = {k: item[k] for k in ("case", "moving_file", "fixed_file")}
+        record = {"notice": NOTICE} | known | record | dict(provenance)
+        (partial / "qa.json").write_text(json.dumps(record, indent=2) + "\n")
+        for path in partial.iterdir():
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class SaveRegistrations:
+    """Ignite handler that writes each registered case, see `save_registration`.
+
+    Args:
+        output_dir: one folder per case is made in it.
+        weights: the weights file, for its SHA-256 in the QA record.
+        start: the start alignment's name, for the QA record.
+        case_folders: False writes straight into `output_dir`; for a single case.
+    """
+
+    def __init__(self, output_dir: str, weights: str, start: str, case_folders: bool = True) -> None:
+        self.output_dir = Path(output_dir)
+        self.case_folders = case_folders
+        self.provenance = {
+            "start": start,
+            "weights": str(weights),
+            "weights_sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
+            "torch": torch.__version__,
+            "monai": monai.__version__,
+        }
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._save)
+
+    def _save(self, engine: Engine) -> None:
+        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
+            item = {**batch, **output}
+            folder = self.output_dir / item["case"] if self.case_folders else self.output_dir
+            save_registration(folder, item, self.provenance)
+            print(f"{item['case']}: {folder}")
