@@ -1,0 +1,64 @@
+"""A tiny cohort and a tiny training, shared by the tests that need real files and real weights."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from scripts.phantom import write_cohort
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {"initial_channels": 4, "spacing": 4.0}
+QUICK = TINY | {"iterations": 2, "epoch_length": 2, "val_interval": 1, "batch_size": 2}
+
+torch.set_num_threads(2)
+
+
+def flags(settings: dict) -> list[str]:
+    """Settings as command-line flags."""
+    return [part for k, v in settings.items() for part in (f"--{k}", str(v))]
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """`python -m …` in another process, from folder `cwd`; the bundle's own folder is on no path unless it is `cwd`."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="session")
+def cohort(tmp_path_factory) -> Path:
+    """Five phantoms at 4 mm, split into train, val and test."""
+    folder = tmp_path_factory.mktemp("phantoms") / "cohort"
+    return write_cohort(
+        folder,
+        patients=5,
+        seed=3,
+        split=(0.6, 0.2, 0.2),
+        fixed_shape=(22, 30, 22),
+        fixed_spacing=3.0,
+        moving_shape=(26, 26, 20),
+        moving_spacing=(2.8, 2.8, 3.6),
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(cohort, tmp_path_factory) -> Path:
+    """The folder of a two-step training, run as MONAI's users type it, from another folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = {"dataset_dir": cohort, "output_dir": folder, "ckpt_dir": folder} | QUICK
+    config = str(ROOT / "configs" / "train.json")
+    result = run("monai.bundle", "run", "--config_file", config, *flags(settings), cwd=folder)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    # zero-initialised heads leave a tiny training close to the identity: make the field worth testing
+    weights = torch.load(folder / "model.pt", weights_only=True)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in weights.items():
+        if name.startswith("summands"):
+            value.copy_(0.05 * torch.randn(value.shape, generator=generator))
+    torch.save(weights, folder / "moving_model.pt")
+    return folder

@@ -1,0 +1,173 @@
+"""The bundle as MONAI's own tools see it, typed as its users type it, from the bundle's folder and from others."""
+
+import csv
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import QUICK, ROOT, TINY, flags, run
+from monai.bundle import ConfigWorkflow, create_workflow, load
+
+CONFIGS = ROOT / "configs"
+OVERLAYS = sorted(p.name for p in CONFIGS.glob("*.yaml"))
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A process state in which the bundle's code is on no path and not yet imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(ROOT))])
+    saved = {n: sys.modules.pop(n) for n in list(sys.modules) if n.split(".")[0] == "scripts"}
+    yield tmp_path
+    for name in [n for n in sys.modules if n.split(".")[0] == "scripts"]:
+        del sys.modules[name]
+    sys.modules.update(saved)
+
+
+def test_training_leaves_weights_checkpoints_metrics_and_tensorboard_events(trained):
+    names = [p.name for p in trained.iterdir()]
+    assert "model.pt" in names and "checkpoint_epoch=1.pt" in names and "cases.csv" in names
+    assert any(n.startswith("events.out.tfevents") for n in names)
+    weights = torch.load(trained / "model.pt", weights_only=True)
+    assert weights["down.0.conv.0.weight"].shape == (4, 2, 7, 7, 7)
+
+
+def test_resume_continues_from_the_newest_checkpoint(trained, cohort, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    folder = str(tmp_path / "run")
+    settings = {"dataset_dir": str(cohort), "output_dir": folder, "ckpt_dir": folder, "resume": True} | QUICK
+    workflow = ConfigWorkflow(str(CONFIGS / "train.json"), logging_file=False, **(settings | {"iterations": 4}))
+    workflow.initialize()
+    workflow.run()
+    assert workflow.trainer.state.iteration == 4
+    assert (tmp_path / "run" / "checkpoint_epoch=2.pt").exists()
+
+
+def test_evaluation_writes_one_row_per_case_and_per_landmark(trained, cohort, tmp_path):
+    settings = {"dataset_dir": cohort, "output_dir": tmp_path, "ckpt_path": trained / "model.pt"} | TINY
+    result = run("monai.bundle", "run", "--config_file", "configs/evaluate.json", *flags(settings))
+    assert result.returncode == 0, result.stderr[-3000:]
+    cases = list(csv.DictReader((tmp_path / "cases.csv").open()))
+    landmarks = list(csv.DictReader((tmp_path / "landmarks.csv").open()))
+    assert len(cases) == 1 and len(landmarks) >= 5
+    assert 0 < float(cases[0]["dsc"]) < 1 and float(cases[0]["tre_before_mm"]) > 0
+
+
+def test_inference_registers_every_pair_of_a_folder(trained, cohort, tmp_path):
+    settings = {"dataset_dir": cohort, "output_dir": tmp_path, "ckpt_path": trained / "moving_model.pt"} | TINY
+    config = str(CONFIGS / "inference.json")
+    result = run("monai.bundle", "run", "--config_file", config, *flags(settings), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    (case,) = [p for p in tmp_path.iterdir() if p.is_dir()]
+    assert {p.name for p in case.iterdir()} == {
+        "warped_moving_image.nii.gz",
+        "warped_moving_label.nii.gz",
+        "ddf.nii.gz",
+        "overview.png",
+        "qa.json",
+    }
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_each_overlay_trains_two_steps(name, cohort, tmp_path):
+    settings = {"dataset_dir": str(cohort), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)} | QUICK
+    files = [str(CONFIGS / "train.json"), str(CONFIGS / name)]
+    workflow = ConfigWorkflow(files, logging_file=False, **settings)
+    workflow.initialize()
+    workflow.run()
+    assert workflow.trainer.state.iteration == 2
+    assert torch.isfinite(workflow.trainer.state.output[0]["loss"])
+
+
+@pytest.mark.parametrize(("config", "kind"), [("train.json", "train"), ("inference.json", "infer")])
+def test_properties_are_complete_from_another_folder(config, kind, cohort, trained, elsewhere):
+    settings = {"dataset_dir": str(cohort)} | TINY
+    if kind == "infer":
+        settings |= {"ckpt_path": str(trained / "model.pt"), "output_dir": str(elsewhere)}
+    workflow = create_workflow(config_file=str(CONFIGS / config), workflow_type=kind, logging_file=False, **settings)
+    assert workflow.check_properties() == []
+    assert workflow.network_def(torch.rand(1, 2, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
+    assert workflow.bundle_root == str(ROOT)
+
+
+def test_load_gives_the_trained_network_from_another_folder(trained, elsewhere):
+    bundle = elsewhere / "zoo" / "prostate_mr_trus_registration"
+    shutil.copytree(ROOT / "configs", bundle / "configs")
+    shutil.copytree(ROOT / "scripts", bundle / "scripts")
+    (bundle / "models").mkdir()
+    shutil.copy(trained / "moving_model.pt", bundle / "models" / "model.pt")
+    network = load(
+        "prostate_mr_trus_registration", bundle_dir=str(elsewhere / "zoo"), source="github", initial_channels=4
+    )
+    weights = torch.load(trained / "moving_model.pt", weights_only=True)
+    assert all(torch.equal(v, weights[k]) for k, v in network.state_dict().items())
+    assert str(bundle) in sys.modules["scripts"].__path__[0]
+
+
+def test_network_passes_verify_net_in_out_from_another_folder(tmp_path):
+    files = ["--config_file", str(CONFIGS / "inference.json"), "--meta_file", str(CONFIGS / "metadata.json")]
+    result = run("monai.bundle", "verify_net_in_out", "network_def", *files, "--initial_channels", "4", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_checkpoint_exports_to_torchscript_and_computes_the_same(trained, tmp_path):
+    arguments = {
+        "filepath": tmp_path / "model.ts",
+        "ckpt_file": trained / "moving_model.pt",
+        "meta_file": CONFIGS / "metadata.json",
+        "config_file": CONFIGS / "inference.json",
+        "initial_channels": 4,
+    }
+    result = run("monai.bundle", "ckpt_export", "network_def", *flags(arguments), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    from scripts.networks import SummedDDFNet
+
+    network = SummedDDFNet(4).eval()
+    network.load_state_dict(torch.load(trained / "moving_model.pt", weights_only=True))
+    image = torch.rand(1, 2, 17, 32, 21)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), network(image), rtol=1e-4, atol=1e-4)
+
+
+def test_mlflow_logs_a_run(cohort, tmp_path):
+    pytest.importorskip("mlflow", reason="mlflow is the user's own choice; pip install mlflow")
+    settings = {"dataset_dir": cohort, "output_dir": tmp_path, "ckpt_dir": tmp_path} | QUICK
+    files = ["--config_file", "configs/train.json", "--tracking", "mlflow"]
+    result = run("monai.bundle", "run", *files, *flags(settings))
+    assert result.returncode == 0, result.stderr[-3000:]
+    import mlflow
+
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlruns.db")
+    runs = mlflow.search_runs(search_all_experiments=True)
+    assert len(runs) >= 1 and any("loss" in c for c in runs.columns)
+
+
+def test_metadata_lists_the_pinned_versions_and_the_current_version_in_its_changelog():
+    metadata = json.loads((ROOT / "metadata.json").read_text())
+    pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split() if "==" in line)
+    assert metadata["version"] in metadata["changelog"]
+    assert (metadata["monai_version"], metadata["pytorch_version"]) == (pins["monai"], pins["torch"])
+    assert all(pins[name] == version for name, version in metadata["required_packages_version"].items())
+
+
+def test_the_three_configs_share_their_common_items():
+    train, evaluate, inference = (json.loads((CONFIGS / f"{n}.json").read_text()) for n in ("train", "evaluate", "inference"))
+    own = {"output_dir", "handlers", "datalist", "run"}
+    for a, b in ((train, inference), (train, evaluate), (evaluate, inference)):
+        assert all(a[k] == b[k] for k in set(a) & set(b) - own)
+
+
+def test_default_hyper_parameters_are_the_papers():
+    train = json.loads((CONFIGS / "train.json").read_text())
+    assert train["scales"] == [0, 1, 2, 4, 8, 16, 32]
+    names = ("initial_channels", "spacing", "alpha", "learning_rate", "batch_size", "augmentation", "bending")
+    assert [train[n] for n in names] == [32, 0.8, 0.5, 1e-5, 4, 0.1, "label-reg"]
+
+
+def test_bad_data_ends_a_bundle_run_with_one_line(tmp_path):
+    result = run("monai.bundle", "run", "--config_file", "configs/train.json", "--dataset_dir", str(tmp_path / "none"))
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1] == f"error: {tmp_path / 'none'}: folder not found; pass --dataset_dir DIR"
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,269 @@
+"""The network is the one of Fig. 4: a literal transcription on its own weights gives the same displacement field."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from scripts.networks import SummedDDFNet, additive_upsampling
+
+ALL = (0, 1, 2, 3, 4)
+LOWER = (1, 2, 3, 4)
+CLOSE = {"rtol": 1e-4, "atol": 5e-4}  # float32; the fields reach tens of voxels
+
+
+def trained(seed=0, **options):
+    """A small network in eval mode whose every weight, head and running statistic is random."""
+    torch.manual_seed(seed)
+    net = SummedDDFNet(initial_channels=2, **options).eval()
+    with torch.no_grad():
+        for name, value in net.state_dict().items():
+            if name.startswith("summands"):
+                value.normal_(0, 0.3)
+            elif name.endswith("running_mean"):
+                value.normal_(0, 0.1)
+            elif name.endswith("running_var") or ".1.weight" in name or "norm.weight" in name:
+                value.uniform_(0.5, 2)
+            elif name.endswith("bias"):
+                value.normal_(0, 0.2)
+    return net
+
+
+def image_pair(*size, batch=1):
+    return torch.randn(batch, 2, *size, generator=torch.Generator().manual_seed(1))
+
+
+def figure_4(w, x, summands=ALL, additive=True, skip_after_unit=False, skip_in_shortcut_only=False):
+    """Fig. 4 written out on the weights `w`: the fields δ_k, coarsest first, for sides that are multiples of 16."""
+
+    def bn(x, name):
+        mean, var = (w[f"{name}.running_{s}"].view(1, -1, 1, 1, 1) for s in ("mean", "var"))
+        scale, shift = (w[f"{name}.{s}"].view(1, -1, 1, 1, 1) for s in ("weight", "bias"))
+        return (x - mean) / (var + 1e-3).sqrt() * scale + shift
+
+    def conv(x, name):
+        kernel = w[f"{name}.0.weight"]
+        return bn(F.conv3d(x, kernel, padding=kernel.shape[-1] // 2), f"{name}.1")
+
+    def unit(x, shortcut, name):
+        return torch.relu(conv(torch.relu(conv(x, f"{name}.conv1")), f"{name}.conv2") + shortcut)
+
+    def resize(x, size):
+        return F.interpolate(x, size=size, mode="trilinear", align_corners=False)
+
+    size, skips = x.shape[2:], []
+    for k in range(4):
+        h0 = torch.relu(conv(x, f"down.{k}.conv"))
+        h1 = unit(h0, h0, f"down.{k}.residual")
+        skips.append(h1 if skip_after_unit else h0)
+        x = F.max_pool3d(h1, kernel_size=2, stride=2)
+    x = torch.relu(conv(x, "deep"))
+    levels = {4: x}
+    for i, k in enumerate(range(3, min(summands) - 1, -1)):
+        up = F.conv_transpose3d(x, w[f"up.{i}.deconv.weight"], stride=2, padding=1, output_padding=1)
+        h = torch.relu(bn(up, f"up.{i}.norm"))
+        if additive:
+            resized, n = resize(x, skips[k].shape[2:]), x.shape[1] // 2
+            h = h + resized[:, :n] + resized[:, n:]
+        summed = h + skips[k]
+        x = levels[k] = unit(h if skip_in_shortcut_only else summed, summed, f"up.{i}.residual")
+    order = sorted(summands, reverse=True)
+    return [
+        resize(F.conv3d(levels[k], w[f"summands.{i}.conv.weight"], w[f"summands.{i}.conv.bias"], padding=1), size)
+        for i, k in enumerate(order)
+    ]
+
+
+def layer_counts(n0, summands=ALL):
+    """Parameters of each layer, by name, from its formula; batch normalisation has a scale and a shift per channel."""
+    n = [n0 * 2**k for k in range(5)]
+    counts = {}
+    for k in range(4):
+        before, kernel = (n[k - 1], 3) if k else (2, 7)
+        counts |= {f"down.{k}.conv.0": before * n[k] * kernel**3, f"down.{k}.conv.1": 2 * n[k]}
+        for c in (1, 2):
+            counts[f"down.{k}.residual.conv{c}.0"] = n[k] * n[k] * 27
+            counts[f"down.{k}.residual.conv{c}.1"] = 2 * n[k]
+    counts |= {"deep.0": n[3] * n[4] * 27, "deep.1": 2 * n[4]}
+    for i, k in enumerate(range(3, min(summands) - 1, -1)):
+        counts |= {f"up.{i}.deconv": n[k + 1] * n[k] * 27, f"up.{i}.norm": 2 * n[k]}
+        for c in (1, 2):
+            counts[f"up.{i}.residual.conv{c}.0"] = n[k] * n[k] * 27
+            counts[f"up.{i}.residual.conv{c}.1"] = 2 * n[k]
+    return counts | {f"summands.{i}.conv": n[k] * 3 * 27 + 3 for i, k in enumerate(sorted(summands, reverse=True))}
+
+
+@pytest.fixture(scope="module")
+def paper_network():
+    torch.manual_seed(0)
+    return SummedDDFNet()
+
+
+@pytest.mark.parametrize(
+    ("options", "total"),
+    [
+        ({}, 18_909_743),
+        ({"summands": (0,)}, 18_831_971),
+        ({"summands": LOWER}, 18_796_364),
+        ({"additive": False}, 18_909_743),
+        ({"skip_in_shortcut_only": True}, 18_909_743),
+    ],
+)
+def test_the_parameter_count_is_that_of_the_paper_in_total_and_layer_by_layer(options, total):
+    with torch.device("meta"):
+        net = SummedDDFNet(**options)
+    found = {}
+    for name, p in net.named_parameters():
+        layer = name.rpartition(".")[0]
+        found[layer] = found.get(layer, 0) + p.numel()
+    assert found == layer_counts(32, options.get("summands", ALL))
+    assert sum(found.values()) == total
+
+
+def test_a_new_network_predicts_no_displacement():
+    net = SummedDDFNet(initial_channels=2)
+    for mode in (True, False):
+        assert not net.train(mode)(image_pair(17, 20, 31, batch=2)).any()
+
+
+def test_all_weights_but_the_heads_are_xavier_and_the_heads_are_zero(paper_network):
+    for name, p in paper_network.named_parameters():
+        if name.startswith("summands"):
+            assert not p.any(), name
+        elif p.ndim == 5:
+            bound = (6 / ((p.shape[0] + p.shape[1]) * p[0, 0].numel())) ** 0.5
+            assert p.abs().max() <= bound, name
+            assert p.std().item() == pytest.approx(bound / 3**0.5, rel=0.02), name
+            assert p.mean().abs() < 0.02 * bound, name
+        else:
+            assert (p == (1 if name.endswith("weight") else 0)).all(), name
+
+
+def test_every_convolution_but_the_heads_is_without_bias_and_batch_norm_has_the_eps_of_label_reg(paper_network):
+    norms = [m for m in paper_network.modules() if isinstance(m, torch.nn.BatchNorm3d)]
+    assert len(norms) == 4 * 3 + 1 + 4 * 3
+    assert {m.eps for m in norms} == {1e-3}
+    assert all(m.affine and m.track_running_stats for m in norms)
+    convolutions = (torch.nn.Conv3d, torch.nn.ConvTranspose3d)
+    biased = [name for name, m in paper_network.named_modules() if isinstance(m, convolutions) and m.bias is not None]
+    assert biased == [f"summands.{i}.conv" for i in range(5)]
+
+
+@pytest.mark.parametrize("summands", [ALL, (0,), LOWER, (2,), (4,), (3, 0)])
+def test_the_ddf_is_the_sum_of_its_separately_computed_summands_and_not_their_mean(summands):
+    net, x = trained(summands=summands), image_pair(32, 16, 48)
+    fields = figure_4(net.state_dict(), x, summands)
+    with torch.no_grad():
+        for field, expected in zip(net.displacement_summands(x), fields, strict=True):
+            torch.testing.assert_close(field, expected, **CLOSE)
+        ddf = net(x)
+    total = sum(fields)
+    assert total.abs().max() > 0.5
+    torch.testing.assert_close(ddf, total, **CLOSE)
+    if len(summands) > 1:
+        assert (ddf - total / len(summands)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("additive", [True, False])
+@pytest.mark.parametrize("skip_in_shortcut_only", [True, False])
+def test_the_network_is_figure_4_in_every_variant(additive, skip_in_shortcut_only):
+    options = {"additive": additive, "skip_in_shortcut_only": skip_in_shortcut_only}
+    net, x = trained(**options), image_pair(32, 32, 16, batch=2)
+    with torch.no_grad():
+        ddf = net(x)
+    torch.testing.assert_close(ddf, sum(figure_4(net.state_dict(), x, **options)), **CLOSE)
+    for name, value in options.items():
+        other = sum(figure_4(net.state_dict(), x, **options | {name: not value}))
+        assert (ddf - other).abs().max() > 0.05, name
+
+
+def test_the_skip_is_taken_before_the_residual_unit():
+    net, x = trained(), image_pair(32, 32, 16)
+    with torch.no_grad():
+        ddf = net(x)
+    before, after = (sum(figure_4(net.state_dict(), x, skip_after_unit=late)) for late in (False, True))
+    torch.testing.assert_close(ddf, before, **CLOSE)
+    assert (ddf - after).abs().max() > 0.05
+
+
+def test_additive_upsampling_resizes_then_adds_the_two_contiguous_halves():
+    x = torch.randn(2, 6, 3, 5, 4, dtype=torch.float64)
+    resized = F.interpolate(x, size=(6, 10, 8), mode="trilinear", align_corners=False)
+    torch.testing.assert_close(additive_upsampling(x), resized[:, :3] + resized[:, 3:], rtol=1e-12, atol=1e-12)
+
+
+def test_additive_upsampling_of_ones_is_two_and_interleaved_halves_differ():
+    assert (additive_upsampling(torch.ones(1, 4, 2, 2, 2)) == 2).all()
+    x = torch.tensor([1.0, 10, 100, 1000]).view(1, 4, 1, 1, 1).expand(1, 4, 2, 2, 2)
+    assert additive_upsampling(x)[0, :, 0, 0, 0].tolist() == [101, 1010]
+
+
+@pytest.mark.parametrize("size", [(21, 31, 17), (16, 33, 47)])
+def test_odd_sizes_come_back_at_their_size_and_equal_padding_by_hand(size):
+    net, x = trained(), image_pair(*size)
+    padded = [-(-n // 16) * 16 for n in size]
+    low = [(p - n) // 2 for p, n in zip(padded, size, strict=True)]
+    inside = tuple(slice(a, a + n) for a, n in zip(low, size, strict=True))
+    by_hand = torch.zeros(1, 2, *padded)
+    by_hand[(slice(None), slice(None), *inside)] = x
+    with torch.no_grad():
+        ddf, expected = net(x), net(by_hand)[(slice(None), slice(None), *inside)]
+    assert ddf.shape == (1, 3, *size)
+    torch.testing.assert_close(ddf, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_each_pair_of_a_batch_is_registered_alone():
+    net, x = trained(), image_pair(16, 16, 32, batch=3)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x)[1:2], net(x[1:2]), **CLOSE)
+
+
+@pytest.mark.parametrize("options", [{}, {"summands": LOWER}, {"additive": False, "skip_in_shortcut_only": True}])
+def test_torchscript_gives_the_same_field(options, tmp_path):
+    net, x = trained(**options), image_pair(21, 31, 17)
+    torch.jit.script(net).save(str(tmp_path / "net.ts"))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(str(tmp_path / "net.ts"))(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("summands", [(), (0, 0), (5,), (-1, 0), (0, 1, 2, 3, 4, 5)])
+def test_summands_that_are_no_distinct_levels_are_refused(summands):
+    with pytest.raises(ValueError, match="distinct levels"):
+        SummedDDFNet(initial_channels=2, summands=summands)
+
+
+def test_the_order_in_which_summands_are_named_does_not_matter():
+    x = image_pair(16, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(trained(summands=(4, 0, 2))(x), trained(summands=(0, 2, 4))(x))
+
+
+def test_the_skip_of_label_reg_changes_the_field_and_no_parameter():
+    plain, other, x = trained(), trained(skip_in_shortcut_only=True), image_pair(16, 32, 16)
+    shapes = [{k: v.shape for k, v in net.state_dict().items()} for net in (plain, other)]
+    assert shapes[0] == shapes[1]
+    other.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert (plain(x) - other(x)).abs().max() > 0.05
+
+
+def test_gradients_reach_the_heads_first_and_every_parameter_after_one_step():
+    torch.manual_seed(0)
+    net, x = SummedDDFNet(initial_channels=4), image_pair(32, 32, 32, batch=2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    target = torch.randn(2, 3, 32, 32, 32)
+    for step in range(2):
+        optimizer.zero_grad()
+        (net(x) - target).square().mean().backward()
+        reached = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+        names = {name for name, _ in net.named_parameters()}
+        assert reached == (names if step else {name for name in names if name.startswith("summands")})
+        optimizer.step()
+
+
+def test_the_summands_are_added_in_float32_when_the_network_runs_in_half_precision():
+    net, x = trained(), image_pair(16, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        fields = net.displacement_summands(x)
+        ddf = net(x)
+    assert {f.dtype for f in fields} == {ddf.dtype} == {torch.float32}
+    torch.testing.assert_close(ddf, sum(fields))

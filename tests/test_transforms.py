@@ -1,0 +1,697 @@
+"""From files to the network's input and back: the grid is ITK's, the label draw unbiased, bad input refused by name."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from monai.bundle import ConfigParser
+from monai.data import DataLoader, Dataset, MetaTensor, pad_list_data_collate
+from scipy.stats import chisquare
+
+from scripts import transforms
+from scripts.checks import InputError
+from scripts.data import KEYS
+from scripts.fields import warp
+from scripts.metrics import dice
+from scripts.phantom import simulate_pair
+from scripts.transforms import DrawLabeld, KeepOriginalsd, LoadPaird, OntoFixedGridd, RandAffinePaird, ToOriginalGridd
+
+LPS = np.diag([-1.0, -1, 1, 1])  # RAS <-> LPS
+TRAIN_CONFIG = Path(__file__).parents[1] / "configs" / "train.json"
+
+
+def rotation(axis, degrees):
+    transform = sitk.VersorTransform(axis, np.deg2rad(degrees))
+    return np.array(transform.GetMatrix()).reshape(3, 3)
+
+
+def affine_of(linear, spacing, origin):
+    """Voxel -> RAS mm."""
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = linear * np.asarray(spacing), origin
+    return affine
+
+
+TILT = rotation((1, 2, 3), 12)
+FIXED_AXES = {
+    "RAS": np.eye(3),
+    "oblique": TILT,
+    "LPS": np.diag([-1.0, -1, 1]),
+    "permuted": TILT @ np.eye(3)[:, [2, 0, 1]],
+    "flipped and permuted": TILT @ (np.eye(3)[:, [1, 2, 0]] * (1, -1, -1)),
+}
+
+
+def to_itk(array, affine):
+    """A volume (X, Y, Z) of RAS affine as SimpleITK's."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(np.asarray(array).transpose(2, 1, 0)))
+    lps = LPS @ np.asarray(affine)
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    return image
+
+
+def resample(array, affine, grid_size, grid_affine, transform=None):
+    """What SimpleITK.Resample gives on a grid, and where that lies inside the volume."""
+    image, grid = to_itk(np.asarray(array, np.float64), affine), to_itk(np.zeros(grid_size), grid_affine)
+    transform = transform or sitk.Transform(3, sitk.sitkIdentity)
+    values = [
+        sitk.GetArrayFromImage(sitk.Resample(i, grid, transform, sitk.sitkLinear, 0.0)) for i in (image, 0 * image + 1)
+    ]
+    return values[0].transpose(2, 1, 0), values[1].transpose(2, 1, 0) > 0
+
+
+def pair(axes="RAS", labels=2, seed=0):
+    """Four random volumes: a moving grid far away and oblique, a fixed grid of the named axes."""
+    rng = np.random.default_rng(seed)
+    moving = affine_of(rotation((3, 1, -1), 25), (1.1, 0.9, 1.7), (30, -50, 70))
+    fixed = affine_of(FIXED_AXES[axes], (1.3, 0.9, 1.1), (-12, 40, 5))
+    data = {}
+    for side, size, affine in (("moving", (12, 14, 9), moving), ("fixed", (11, 13, 16), fixed)):
+        image, label = rng.normal(size=(1, *size)), rng.random((labels, *size)) > 0.5
+        data[f"{side}_image"] = MetaTensor(torch.from_numpy(image).float(), affine=torch.from_numpy(affine))
+        data[f"{side}_label"] = MetaTensor(torch.from_numpy(label).float(), affine=torch.from_numpy(affine))
+    return data
+
+
+def start_transform(kind):
+    """A start as ITK writes it, fixed -> moving, LPS."""
+    if kind == "euler":
+        return sitk.Euler3DTransform((3, -20, 8), 0.2, -0.1, 0.3, (-40, 90, 60))
+    transform = sitk.AffineTransform(3)
+    transform.SetMatrix((rotation((2, -1, 1), 15) @ np.diag([1.1, 0.9, 1])).ravel().tolist())
+    transform.SetCenter((5, -6, 7))
+    transform.SetTranslation((-35, 95, 50))
+    return transform
+
+
+def centre_transform(data):
+    """The translation between the volumes' centres, by SimpleITK."""
+    centres = []
+    for side in ("fixed", "moving"):
+        image = to_itk(data[f"{side}_image"][0].numpy(), data[f"{side}_image"].affine)
+        middle = [(n - 1) / 2 for n in image.GetSize()]
+        centres.append(np.array(image.TransformContinuousIndexToPhysicalPoint(middle)))
+    return sitk.TranslationTransform(3, (centres[1] - centres[0]).tolist())
+
+
+def check_against_itk(data, result, transform):
+    """Every volume on the working grid is what SimpleITK.Resample gives there; returns the share of moving inside."""
+    size, affine = tuple(result["image"].shape[1:]), result["grid_affine"].numpy()
+    for channel, side in enumerate(("moving", "fixed")):
+        used = transform if side == "moving" else None
+        image, label = data[f"{side}_image"], data[f"{side}_label"]
+        expected, inside = resample(image[0], image.affine, size, affine, used)
+        assert inside.mean() > 0.2
+        np.testing.assert_allclose(result["image"][channel].numpy()[inside], expected[inside], atol=1e-4)
+        for m in range(len(label)):
+            expected, _ = resample(label[m], label.affine, size, affine, used)
+            np.testing.assert_allclose(result[f"{side}_label"][m].numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("spacing", [0.8, 1.5, "none"])
+@pytest.mark.parametrize("axes", FIXED_AXES)
+def test_from_centre_to_centre_both_volumes_are_what_simpleitk_resamples(axes, spacing):
+    data = pair(axes)
+    result = OntoFixedGridd(spacing, "centre")(data)
+    check_against_itk(data, result, centre_transform(data))
+
+
+@pytest.mark.parametrize("axes", FIXED_AXES)
+def test_by_the_headers_the_worlds_are_one(axes):
+    data = pair(axes)
+    for key in ("moving_image", "moving_label"):  # bring the moving scan into the fixed world, tilted
+        affine = data[key].affine.clone()
+        affine[:3, 3] = data["fixed_image"].affine[:3] @ torch.tensor([2.0, 3, 1, 1], dtype=torch.float64) - 4
+        data[key] = MetaTensor(data[key].as_tensor(), affine=affine)
+    result = OntoFixedGridd(0.8, "header")(data)
+    assert torch.equal(result["start"], torch.eye(4, dtype=torch.float64))
+    affine = result["grid_affine"].numpy()
+    size = tuple(result["image"].shape[1:])
+    for key in ("moving_label", "fixed_label"):
+        for m in range(2):
+            expected, inside = resample(data[key][m], data[key].affine, size, affine)
+            assert inside.any()
+            np.testing.assert_allclose(result[key][m].numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", ["tfm", "txt", "mat"])
+@pytest.mark.parametrize("kind", ["euler", "affine"])
+def test_a_transform_file_of_itk_is_the_start(kind, suffix, tmp_path):
+    transform = start_transform(kind)
+    # aim at the moving volume's centre, so that the two overlap
+    data = pair("oblique")
+    aim = centre_transform(data)
+    fixed = to_itk(data["fixed_image"][0], data["fixed_image"].affine)
+    middle = np.array(fixed.TransformContinuousIndexToPhysicalPoint((5, 6, 7.5)))
+    off = np.array(aim.TransformPoint(middle.tolist())) - transform.TransformPoint(middle.tolist())
+    transform.SetTranslation((np.array(transform.GetTranslation()) + off).tolist())
+    path = str(tmp_path / f"start.{suffix}")
+    sitk.WriteTransform(transform, path)
+    result = OntoFixedGridd(0.8, path)(data)
+    check_against_itk(data, result, transform)
+    point = np.array([3.0, -7, 11])
+    ras = LPS[:3, :3] @ transform.TransformPoint((LPS[:3, :3] @ point).tolist())
+    np.testing.assert_allclose((result["start"].numpy() @ [*point, 1])[:3], ras, atol=1e-9)
+
+
+@pytest.mark.parametrize("spacing", [0.8, 1.5, None, "none", "0.8"])
+@pytest.mark.parametrize("axes", FIXED_AXES)
+def test_the_working_grid_is_the_fixed_field_of_view_in_its_own_axes_reordered_to_ras(axes, spacing):
+    data = pair(axes)
+    result = OntoFixedGridd(spacing)(data)
+    fixed, grid = data["fixed_image"].affine.numpy(), result["grid_affine"].numpy()
+    size, old = np.array(result["image"].shape[1:]), np.array(data["fixed_image"].shape[1:])
+    assert nib.aff2axcodes(grid) == ("R", "A", "S")
+    own = np.linalg.norm(fixed[:3, :3], axis=0)
+    order = np.abs(grid[:3, :3].T @ fixed[:3, :3]).argmax(1)  # which fixed axis each working axis is
+    np.testing.assert_allclose(
+        np.abs((grid[:3, :3] / np.linalg.norm(grid[:3, :3], axis=0)).T @ fixed[:3, :3][:, order] / own[order]),
+        np.eye(3),
+        atol=1e-9,
+    )
+    wanted = own[order] if spacing in (None, "none") else np.full(3, float(spacing))
+    np.testing.assert_allclose(result["spacing"].numpy(), wanted, rtol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(grid[:3, :3], axis=0), wanted, rtol=1e-9)
+    # as few voxels as cover the field of view, about the same centre
+    assert (size == np.ceil((old * own)[order] / wanted - 1e-3)).all()
+    np.testing.assert_allclose(grid @ [*(size - 1) / 2, 1], fixed @ [*(old - 1) / 2, 1], atol=1e-9)
+
+
+def test_the_file_spacing_of_an_upright_fixed_image_keeps_its_voxels():
+    data = pair("RAS")
+    result = OntoFixedGridd(None)(data)
+    torch.testing.assert_close(result["image"][1:], data["fixed_image"].as_tensor(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result["fixed_label"], data["fixed_label"].as_tensor(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result["grid_affine"], data["fixed_image"].affine)
+
+
+def test_the_same_anatomy_stored_in_other_axes_gives_the_same_working_grid():
+    data = pair("RAS")
+    turned = dict(data)
+    for key in ("fixed_image", "fixed_label"):
+        volume = nib.Nifti1Image(data[key].numpy().transpose(1, 2, 3, 0), data[key].affine.numpy())
+        turn = nib.orientations.axcodes2ornt(("I", "L", "P"))
+        volume = volume.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(volume.affine), turn))
+        array = np.moveaxis(volume.get_fdata(), -1, 0)
+        turned[key] = MetaTensor(torch.from_numpy(array.copy()).float(), affine=torch.from_numpy(volume.affine))
+    a, b = OntoFixedGridd(0.8)(data), OntoFixedGridd(0.8)(turned)
+    for key in ("image", "moving_label", "fixed_label", "grid_affine", "start"):
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-4)
+
+
+def test_the_image_is_moving_then_fixed_in_float32_and_labels_are_optional():
+    data = pair()
+    full = OntoFixedGridd()(data)
+    bare = OntoFixedGridd()({key: data[key] for key in KEYS[:2]})
+    assert full["image"].shape[0] == 2 and full["image"].dtype == torch.float32
+    assert torch.equal(full["image"], bare["image"])
+    assert not {"moving_image", "fixed_image"} & set(full)
+    assert not {"moving_label", "fixed_label"} & set(bare)
+
+
+def test_a_start_that_is_no_single_linear_3d_transform_is_refused(tmp_path):
+    data = pair()
+    with pytest.raises(InputError, match='none.tfm: not found; a start is "centre", "header"'):
+        OntoFixedGridd(start=str(tmp_path / "none.tfm"))(data)
+    (tmp_path / "text.tfm").write_text("no transform")
+    with pytest.raises(InputError, match="text.tfm: ITK cannot read this transform"):
+        OntoFixedGridd(start=str(tmp_path / "text.tfm"))(data)
+    bad = {
+        "bspline": sitk.BSplineTransform(3, 3),
+        "composite": sitk.CompositeTransform([sitk.Euler3DTransform(), sitk.AffineTransform(3)]),
+        "two_d": sitk.Euler2DTransform(),
+    }
+    for name, transform in bad.items():
+        sitk.WriteTransform(transform, str(tmp_path / f"{name}.tfm"))
+        with pytest.raises(InputError, match=f"{name}.tfm: expected one linear 3-D transform"):
+            OntoFixedGridd(start=str(tmp_path / f"{name}.tfm"))(data)
+
+
+# ---- the way back
+
+
+@pytest.mark.parametrize("axes", FIXED_AXES)
+def test_without_a_ddf_the_moving_volumes_come_onto_the_original_fixed_grid_as_simpleitk_brings_them(axes):
+    data = pair(axes)
+    result = OntoFixedGridd(0.8)(KeepOriginalsd()(data))
+    back = ToOriginalGridd()(result | {"pred": torch.zeros(3, *result["image"].shape[1:])})
+    fixed, transform = data["fixed_image"], centre_transform(data)
+    for key in ("moving_image", "moving_label"):
+        for found, volume in zip(back[f"warped_{key}"], data[key], strict=True):
+            expected, _ = resample(volume, data[key].affine, tuple(fixed.shape[1:]), fixed.affine, transform)
+            np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+    shift = (LPS[:3, :3] @ transform.GetOffset()).reshape(3, 1, 1, 1)
+    assert back["displacement"].shape == (3, *fixed.shape[1:])
+    np.testing.assert_allclose(
+        back["displacement"].numpy(), np.broadcast_to(shift, back["displacement"].shape), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("axes", ["RAS", "flipped and permuted"])
+def test_a_constant_ddf_is_a_translation_along_the_working_axes(axes):
+    data = pair(axes)
+    result = OntoFixedGridd(0.8)(KeepOriginalsd()(data))
+    voxels = torch.tensor([2.0, -1, 3])
+    back = ToOriginalGridd()(result | {"pred": voxels.view(3, 1, 1, 1).expand(3, *result["image"].shape[1:])})
+    expected = result["grid_affine"][:3, :3] @ voxels.double() + result["start"][:3, 3]
+    torch.testing.assert_close(
+        back["displacement"], expected.view(3, 1, 1, 1).expand_as(back["displacement"]), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_the_true_displacement_of_a_phantom_lays_its_labels_on_each_other():
+    phantom = simulate_pair(np.random.default_rng(0))
+    data = {}
+    for side in ("moving", "fixed"):
+        affine = torch.from_numpy(getattr(phantom, f"{side}_affine"))
+        label = np.moveaxis(getattr(phantom, f"{side}_label"), -1, 0).astype(np.float32)
+        data[f"{side}_image"] = MetaTensor(torch.from_numpy(getattr(phantom, f"{side}_image"))[None], affine=affine)
+        data[f"{side}_label"] = MetaTensor(torch.from_numpy(label), affine=affine)
+    result = OntoFixedGridd(None, "centre")(KeepOriginalsd()(data))
+    truth = torch.from_numpy(np.moveaxis(phantom.true_displacement, -1, 0)).double()
+    shift = result["start"][:3, 3].view(3, 1, 1, 1)  # the start is a translation: T(x) = x + A u + shift
+    ddf = torch.einsum("ij,jxyz->ixyz", torch.linalg.inv(result["grid_affine"][:3, :3]), truth - shift).float()
+    back = ToOriginalGridd()(result | {"pred": ddf})
+    torch.testing.assert_close(back["displacement"], truth, rtol=1e-4, atol=1e-3)
+    fixed = data["fixed_label"].as_tensor()
+    on_working_grid = warp(result["moving_label"][None], ddf[None])[0]
+    for warped in (back["warped_moving_label"], on_working_grid):
+        scores = dice(warped[:, None], fixed[:, None])
+        assert scores[0] > 0.95 and scores.min() > 0.6
+    assert dice(back["warped_moving_label"][:1, None], fixed[:1, None]) > dice(
+        result["moving_label"][:1, None], fixed[:1, None]
+    )
+
+
+# ---- the two-stage draw
+
+
+def labelled(case, count, absent=()):
+    """A pair of `count` labels; label m is one voxel at (m, 0, 0) in both images, an absent one in one of them."""
+    label = torch.zeros(count, 6, 2, 2)
+    label[range(count), range(count), 0, 0] = 1
+    moving, fixed = label.clone(), label.clone()
+    for i, m in enumerate(absent):
+        (moving, fixed)[i % 2][m] = 0.4  # below one half: nothing is left of it
+    return {"case": case, "moving_label": moving, "fixed_label": fixed}
+
+
+def drawn(pairs, batches, seed):
+    """(case, label) of each draw: the sampler of configs/train.json, then DrawLabeld."""
+    draw = DrawLabeld().set_random_state(seed)
+    dataset = Dataset(pairs, draw)
+    config = json.loads(TRAIN_CONFIG.read_text())
+    parser = ConfigParser({"train": {"sampler": config["train"]["sampler"], "dataset": dataset}})
+    parser["batch_size"], parser["epoch_length"] = 4, batches
+    torch.manual_seed(seed)
+    loader = DataLoader(
+        dataset, batch_size=4, sampler=parser.get_parsed_content("train#sampler"), collate_fn=pad_list_data_collate
+    )
+    found = []
+    for batch in loader:
+        assert batch["moving_label"].shape == batch["fixed_label"].shape == (4, 1, 6, 2, 2)
+        assert torch.equal(batch["moving_label"], batch["fixed_label"])
+        labels = batch["fixed_label"][:, 0, :, 0, 0].argmax(1).tolist()
+        found += zip(batch["case"], labels, strict=True)
+    return found
+
+
+def p_value(found, pairs, probability):
+    """Of the null hypothesis that label m of pair k is drawn with `probability(k, m)`."""
+    cells = [(p["case"], m) for p in pairs for m in range(len(p["fixed_label"]))]
+    expected = [len(found) * probability(*cell) for cell in cells]
+    return chisquare([found.count(cell) for cell in cells], expected).pvalue
+
+
+def test_every_pair_is_equally_likely_and_then_every_label_of_it_whatever_their_number():
+    pairs = [labelled("one", 1), labelled("five", 5), labelled("three", 3)]
+    counts = {p["case"]: len(p["fixed_label"]) for p in pairs}
+    found = drawn(pairs, batches=1000, seed=0)
+    assert len(found) == 4000
+    assert p_value(found, pairs, lambda case, m: 1 / 3 / counts[case]) > 0.01
+    assert p_value(found, pairs, lambda case, m: 1 / 9) < 1e-50  # a draw over all labels would favour "five"
+
+
+def test_a_label_that_is_empty_in_either_image_is_never_drawn_and_the_others_stay_equally_likely():
+    pairs = [labelled("some", 6, absent=(1, 4)), labelled("first", 3, absent=(0,))]
+    found = drawn(pairs, batches=500, seed=1)
+    assert {c for c in found} == {("some", m) for m in (0, 2, 3, 5)} | {("first", m) for m in (1, 2)}
+    draws = [m for case, m in found if case == "some"]
+    assert chisquare([draws.count(m) for m in (0, 2, 3, 5)]).pvalue > 0.01
+
+
+def test_the_draw_can_be_seeded():
+    pairs = [labelled("five", 5), labelled("six", 6)]
+    assert drawn(pairs, 20, seed=3) == drawn(pairs, 20, seed=3)
+    assert drawn(pairs, 20, seed=3) != drawn(pairs, 20, seed=4)
+
+
+def test_a_pair_without_any_common_label_is_refused():
+    with pytest.raises(InputError, match="pair 7: no label is present in both images"):
+        DrawLabeld()(labelled("pair 7", 2, absent=(0, 1)))
+
+
+# ---- augmentation
+
+
+def test_the_corner_affine_stays_in_its_ranges_and_reaches_them():
+    rng = np.random.default_rng(0)
+    drawn = np.array([transforms.corner_affine(rng.random((4, 3)), 0.1) for _ in range(4000)])
+    eye = np.eye(3, dtype=bool)
+    for values, low, high in (
+        (drawn[:, :, :3][:, eye], 0.9, 1),
+        (drawn[:, :, :3][:, ~eye], -0.05, 0.05),
+        (drawn[:, :, 3], -0.1, 0.1),
+    ):
+        assert values.min() >= low - 1e-12 and values.max() <= high + 1e-12
+        assert values.min() < low + 0.15 * (high - low) and values.max() > high - 0.15 * (high - low)
+
+
+def test_the_corner_affine_is_the_identity_at_strength_zero_and_takes_the_corners_where_they_move():
+    uniform = np.random.default_rng(0).random((4, 3))
+    np.testing.assert_allclose(transforms.corner_affine(uniform, 0), np.eye(3, 4), atol=1e-12)
+    affine = transforms.corner_affine(uniform, 0.1)
+    corners = np.array([[-1, -1, -1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    inward = affine @ np.c_[corners, np.ones(4)].T
+    np.testing.assert_allclose(inward.T, corners - corners * 0.1 * uniform, atol=1e-12)
+
+
+def ramps(size=(14, 10, 18)):
+    """Images and labels whose values are their normalised coordinates in [-1, 1]: x for moving, z for fixed."""
+    axes = [(2 * torch.arange(n) + 1.0) / n - 1 for n in size]
+    x, y, z = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([x, y, z]), {
+        "image": torch.stack([x, z]),
+        "moving_label": torch.stack([x, y, z]),
+        "fixed_label": torch.stack([x, y, z]),
+    }
+
+
+def test_image_and_label_of_a_side_move_together_by_the_affine_in_centred_normalised_coordinates():
+    coordinates, data = ramps()
+    result = RandAffinePaird(0.1).set_random_state(5)(data)
+    uniform = np.random.RandomState(5)
+    inside = (slice(2, -2),) * 3  # away from the border, where a ramp is interpolated exactly
+    for channel, (key, axis) in enumerate((("moving_label", 0), ("fixed_label", 2))):
+        affine = torch.from_numpy(transforms.corner_affine(uniform.rand(4, 3), 0.1)).float()
+        expected = torch.einsum("ij,jxyz->ixyz", affine[:, :3], coordinates) + affine[:, 3].view(3, 1, 1, 1)
+        torch.testing.assert_close(
+            result[key][(slice(None), *inside)], expected[(slice(None), *inside)], rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(result["image"][channel][inside], result[key][axis][inside], rtol=1e-4, atol=1e-4)
+
+
+def test_the_moving_and_the_fixed_side_move_independently_and_anew_each_time():
+    _, data = ramps()
+    augment = RandAffinePaird(0.1).set_random_state(0)
+    shifts = []
+    for _ in range(100):
+        result = augment(data)
+        shifts.append([result[key][:, 7, 5, 9].tolist() for key in ("moving_label", "fixed_label")])
+    moving, fixed = np.array(shifts).transpose(1, 2, 0)
+    assert all(len(np.unique(values)) == 100 for values in (*moving, *fixed))
+    assert np.abs(np.corrcoef(moving, fixed)[:3, 3:]).max() < 0.4
+
+
+def test_augmentation_can_be_seeded_and_switched_off_and_leaves_its_input_alone():
+    _, data = ramps()
+    before = {key: value.clone() for key, value in data.items()}
+    a, b, c = (RandAffinePaird(0.1).set_random_state(seed)(data) for seed in (0, 0, 1))
+    off = RandAffinePaird(0)(data)
+    for key in data:
+        assert torch.equal(a[key], b[key]) and not torch.equal(a[key], c[key])
+        assert torch.equal(off[key], before[key]) and torch.equal(data[key], before[key])
+
+
+def test_labels_fade_to_zero_outside_and_images_keep_their_border(monkeypatch):
+    data = {key: torch.ones(c, 12, 10, 8) for key, c in (("image", 2), ("moving_label", 1), ("fixed_label", 1))}
+    monkeypatch.setattr(transforms, "corner_affine", lambda *_: np.c_[np.eye(3), [0.5, 0, 0]])  # 3 of 12 voxels
+    result = RandAffinePaird(0.1)(data)
+    torch.testing.assert_close(result["image"], data["image"])
+    for key in ("moving_label", "fixed_label"):
+        torch.testing.assert_close(result[key][:, :9], torch.ones(1, 9, 10, 8))
+        assert result[key][:, 9:].abs().max() < 1e-4
+
+
+# ---- the files
+
+
+AFFINE = affine_of(TILT, (1.5, 1.2, 2.0), (10, -20, 30))
+SIZE = (7, 6, 5)
+
+
+def content(labels=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=SIZE).astype(np.float32), (rng.random((*SIZE, labels)) > 0.5).astype(np.uint8)
+
+
+def write(path, array, affine=AFFINE):
+    """NIfTI by nibabel; else by SimpleITK, a fourth axis last as a fourth dimension."""
+    if path.name.endswith((".nii", ".nii.gz")):
+        nib.save(nib.Nifti1Image(array, affine), path)
+    elif array.ndim == 3:
+        sitk.WriteImage(to_itk(array, affine), str(path))
+    else:
+        sitk.WriteImage(sitk.JoinSeries([to_itk(a, affine) for a in np.moveaxis(array, -1, 0)]), str(path))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A good pair on disk: 3 labels, moving and fixed on one grid."""
+    image, label = content()
+    return {key: write(tmp_path / f"{key}.nii.gz", image if key.endswith("image") else label) for key in KEYS}
+
+
+def test_a_pair_is_loaded_channel_first_with_the_affine_of_each_file(files):
+    image, label = content()
+    loaded = LoadPaird()(files | {"case": "a"})
+    assert loaded["case"] == "a"
+    for key in KEYS:
+        expected = image[None] if key.endswith("image") else np.moveaxis(label, -1, 0)
+        assert loaded[key].dtype == torch.float32
+        np.testing.assert_array_equal(loaded[key].numpy(), expected)
+        np.testing.assert_allclose(loaded[key].affine.numpy(), AFFINE, atol=1e-5)
+
+
+def test_a_4d_nifti_label_keeps_its_origin(tmp_path, files):
+    affine = affine_of(np.eye(3), (1, 2, 3), (-40, 55, 66))
+    image, label = content(labels=4)
+    for key in KEYS:
+        write(tmp_path / f"{key}.nii.gz", image if key.endswith("image") else label, affine)
+    loaded = LoadPaird()(files)
+    for key in ("moving_label", "fixed_label"):
+        np.testing.assert_allclose(loaded[key].affine.numpy(), affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nrrd", ".nhdr", ".nii"])
+@pytest.mark.parametrize("label_axes", [3, 4])
+def test_metaimage_and_nrrd_are_read_as_nifti_is(tmp_path, suffix, label_axes):
+    image, label = content()
+    label = label[..., 0] if label_axes == 3 else label
+    loaded = {}
+    for s in (".nii.gz", suffix):
+        paths = {k: write(tmp_path / f"{k}{s}", image if k.endswith("image") else label) for k in KEYS}
+        loaded[s] = LoadPaird()(paths)
+    for key in KEYS:
+        a, b = loaded[".nii.gz"][key], loaded[suffix][key]
+        assert a.dtype == b.dtype and torch.equal(a.as_tensor(), b.as_tensor())
+        torch.testing.assert_close(a.affine, b.affine, rtol=1e-5, atol=1e-4)
+
+
+def test_a_folder_with_a_dicom_series_is_a_volume(tmp_path, files):
+    values = np.random.default_rng(0).integers(0, 1000, SIZE).astype(np.int16)
+    volume = to_itk(values, AFFINE)
+    direction = np.array(volume.GetDirection()).reshape(3, 3)
+    writer = sitk.ImageFileWriter()
+    writer.KeepOriginalImageUIDOn()
+    (tmp_path / "series").mkdir()
+    for i in range(SIZE[2]):
+        slice_ = volume[:, :, i]
+        tags = {
+            "0008|0060": "MR",
+            "0020|000d": "1.2.826.0.1.3680043.2.1125.1",
+            "0020|000e": "1.2.826.0.1.3680043.2.1125.2",
+            "0020|0037": "\\".join(map(str, direction[:, :2].T.ravel())),
+            "0020|0032": "\\".join(map(str, volume.TransformIndexToPhysicalPoint((0, 0, i)))),
+            "0020|0013": str(i),
+        }
+        for tag, value in tags.items():
+            slice_.SetMetaData(tag, value)
+        writer.SetFileName(str(tmp_path / "series" / f"{i}.dcm"))
+        writer.Execute(slice_)
+    loaded = LoadPaird()({"moving_image": str(tmp_path / "series"), "fixed_image": files["fixed_image"]})
+    np.testing.assert_array_equal(loaded["moving_image"][0].numpy(), values)
+    np.testing.assert_allclose(loaded["moving_image"].affine.numpy(), AFFINE, atol=1e-3)
+
+
+def test_a_3d_label_is_one_channel(tmp_path, files):
+    for key in ("moving_label", "fixed_label"):
+        write(tmp_path / f"{key}.nii.gz", content()[1][..., 0])
+    loaded = LoadPaird()(files)
+    assert loaded["moving_label"].shape == (1, *SIZE)
+    np.testing.assert_array_equal(loaded["moving_label"][0].numpy(), content()[1][..., 0])
+
+
+def test_a_pair_without_labels_is_loaded_alone(files):
+    loaded = LoadPaird()({key: files[key] for key in KEYS[:2]})
+    assert not {"moving_label", "fixed_label"} & set(loaded)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd"])
+def test_an_index_map_becomes_one_channel_per_value_in_the_order_they_are_declared(tmp_path, files, suffix):
+    index = np.random.default_rng(0).choice([0, 1, 2, 4], SIZE).astype(np.uint8)
+    for key in ("moving_label", "fixed_label"):
+        files[key] = write(tmp_path / f"{key}_index{suffix}", index)
+    loaded = LoadPaird(label_values=[4, 1, 2, 3])(files)
+    for key in ("moving_label", "fixed_label"):
+        expected = np.stack([index == v for v in (4, 1, 2, 3)])
+        np.testing.assert_array_equal(loaded[key].numpy(), expected)
+        np.testing.assert_allclose(loaded[key].affine.numpy(), AFFINE, atol=1e-5)
+
+
+def refused(files, key, message, **options):
+    """Loading raises one line that starts with the file of `key` and holds `message`."""
+    with pytest.raises(InputError) as error:
+        LoadPaird(**options)(files)
+    text = str(error.value)
+    assert text.startswith(f"{files[key]}: "), text
+    assert message in text, text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_file_is_refused(files, key):
+    Path(files[key]).unlink()
+    refused(files, key, "file not found")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("key", KEYS[:2])
+def test_an_image_with_nan_or_infinite_voxels_is_refused_with_their_number(files, key, bad):
+    image = content()[0]
+    image[0, 0, :3] = bad
+    write(Path(files[key]), image)
+    refused(files, key, "3 voxels are NaN or infinite")
+
+
+@pytest.mark.parametrize("key", KEYS[:2])
+def test_a_constant_image_is_refused(files, key):
+    write(Path(files[key]), np.full(SIZE, 7, np.float32))
+    refused(files, key, "every voxel is 7; a constant image cannot be registered")
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("keep", [0, 10, 0.5])
+def test_a_truncated_gz_is_refused(files, key, keep):
+    path = Path(files[key])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    refused(files, key, "cannot be read as an image")
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".mha", ".nrrd"])
+def test_a_file_that_is_no_image_is_refused(files, tmp_path, key, suffix):
+    files[key] = str(tmp_path / f"text{suffix}")
+    Path(files[key]).write_text("not an image")
+    refused(files, key, "cannot be read as an image")
+
+
+def test_a_folder_without_a_series_is_refused(files, tmp_path):
+    files["moving_image"] = str(tmp_path / "empty")
+    Path(files["moving_image"]).mkdir()
+    refused(files, "moving_image", "cannot be read as an image")
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha"])
+def test_a_single_slice_is_refused(files, tmp_path, suffix):
+    files["fixed_image"] = write(tmp_path / f"slice{suffix}", content()[0][:, :, :1])
+    refused(files, "fixed_image", "a single slice, size (7, 6, 1)")
+
+
+def test_a_flat_image_or_one_of_more_than_four_axes_is_refused(files):
+    nib.save(nib.Nifti1Image(content()[0][:, :, 0], AFFINE), files["fixed_image"])
+    refused(files, "fixed_image", "expected a 3-D volume, found 2 axes")
+    nib.save(nib.Nifti1Image(np.ones((3, 3, 3, 1, 3), np.float32), AFFINE), files["fixed_image"])
+    refused(files, "fixed_image", "expected a 3-D volume")
+
+
+def test_a_4d_image_of_several_volumes_is_refused(files):
+    write(Path(files["moving_image"]), np.random.default_rng(0).random((*SIZE, 2), np.float32))
+    refused(files, "moving_image", "expected one image, found 2 channels")
+
+
+@pytest.mark.parametrize(("axis", "message"), [(0, "voxel size"), (None, "singular")])
+def test_a_header_without_a_usable_grid_is_refused(files, axis, message):
+    affine = AFFINE.copy()
+    affine[:3, 0] = 0 if axis == 0 else affine[:3, 1]
+    image = nib.Nifti1Image(content()[0], None)
+    image.header.set_sform(affine, 1)
+    image.header.set_qform(None, 0)
+    nib.save(nib.Nifti1Image(image.dataobj, None, image.header), files["fixed_image"])
+    refused(files, "fixed_image", message)
+
+
+@pytest.mark.parametrize("key", KEYS[2:])
+def test_a_label_of_another_size_than_its_image_is_refused(files, key):
+    write(Path(files[key]), content()[1][:-1])
+    refused(files, key, f"size (6, 6, 5) differs from its image {files[key.replace('label', 'image')]}: (7, 6, 5)")
+
+
+@pytest.mark.parametrize("key", KEYS[2:])
+def test_a_label_that_lies_elsewhere_than_its_image_is_refused_and_rounding_is_not(files, key):
+    shifted = AFFINE.copy()
+    shifted[0, 3] += 0.05
+    write(Path(files[key]), content()[1], shifted)
+    LoadPaird()(files)
+    shifted[0, 3] += 2
+    write(Path(files[key]), content()[1], shifted)
+    refused(files, key, f"lies up to 2.05 mm away from its image {files[key.replace('label', 'image')]}")
+    flipped = AFFINE @ np.diag([-1, 1, 1, 1])
+    write(Path(files[key]), content()[1], flipped)
+    refused(files, key, "headers differ")
+
+
+def test_different_numbers_of_labels_are_refused(files):
+    write(Path(files["fixed_label"]), content(labels=2)[1])
+    refused(files, "moving_label", f"3 labels, but {files['fixed_label']} has 2")
+
+
+@pytest.mark.parametrize("values", [[0, 2], [0, 255], [0, 1, 2, 3], [0, 0.5, 1], [-1, 1], [0, np.nan]])
+@pytest.mark.parametrize("key", KEYS[2:])
+def test_a_label_with_other_values_than_0_and_1_is_refused(files, key, values):
+    label = np.resize(np.array(values, np.float32), SIZE)
+    write(Path(files[key]), label)
+    refused(files, key, f"label values {values[0]:g}")
+    refused(files, key, "--label_values")
+
+
+@pytest.mark.parametrize("key", KEYS[2:])
+def test_an_empty_label_set_is_refused_and_an_empty_channel_is_not(files, key):
+    label = content()[1]
+    label[..., 1] = 0
+    write(Path(files[key]), label)
+    LoadPaird()(files)
+    write(Path(files[key]), 0 * label)
+    refused(files, key, "the label set is empty")
+
+
+def test_an_undeclared_value_or_several_channels_are_no_index_map(files):
+    refused(files, "moving_label", "3 channels in an index map of values [1, 2]", label_values=[1, 2])
+    index = np.resize(np.array([0, 1, 5], np.uint8), SIZE)
+    for key in ("moving_label", "fixed_label"):
+        write(Path(files[key]), index)
+    refused(files, "moving_label", "value 5 in an index map of values [1, 2]", label_values=[1, 2])
+
+
+def test_a_volume_beyond_the_cap_is_refused_before_it_is_read(files, monkeypatch):
+    monkeypatch.setattr("scripts.checks.MAX_VOXELS", 100)
+    refused(files, "moving_image", "size (7, 6, 5) is beyond the cap of 100 voxels")
