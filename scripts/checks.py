@@ -135,7 +135,9 @@ def check_weights(path: str, network) -> str:
     import torch  # only here: the rest of the gate needs numpy alone
 
     if not Path(path).is_file():
-        raise InputError(f"{path}: no weights there; train first (configs/train.json writes them), or pass --ckpt_path FILE")
+        raise InputError(
+            f"{path}: no weights there; train first (configs/train.json writes them), or pass --ckpt_path FILE"
+        )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         shapes = {k: tuple(v.shape) for k, v in found.items()}

@@ -36,7 +36,9 @@ def run_demo(folder: Path, iterations: int | None) -> None:
     run_config("evaluate.json", overlay, **shared, output_dir=str(registered))
     run_config("inference.json", overlay, **shared, output_dir=str(registered))
     with (registered / "cases.csv").open() as file:
-        rows = [{k: v if k in ("case", "patient") else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+        rows = [
+            {k: v if k in ("case", "patient") else float(v) for k, v in row.items()} for row in csv.DictReader(file)
+        ]
     middle = sorted(rows, key=lambda row: row["tre_mm"])[len(rows) // 2]
     shutil.copy(registered / middle["case"] / "overview.png", folder / "overview.png")
     table = format_table(rows)

@@ -67,11 +67,11 @@ class TrainingProgress:
 
     def _open(self, engine: Engine) -> None:
         total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(total=total, initial=engine.state.iteration, desc="Training", unit="step", mininterval=1)
+        self.bar = tqdm(total=total, desc="Training", unit="step", mininterval=1)
 
     def _step(self, engine: Engine) -> None:
         self.bar.set_postfix(loss=f"{engine.state.output[0]['loss']:.3f}", refresh=False)
-        self.bar.update()
+        self.bar.update(engine.state.iteration - self.bar.n)  # a resumed run starts further on
 
 
 class SaveWeights:

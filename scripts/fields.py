@@ -113,9 +113,7 @@ def world_displacement(ddf: Tensor, grid_affine: Tensor, start: Tensor, affine: 
     return transform_points(start.double(), moved) - x
 
 
-def pull(
-    moving: Tensor, moving_affine: Tensor, displacement: Tensor, affine: Tensor, mode: str = "bilinear"
-) -> Tensor:
+def pull(moving: Tensor, moving_affine: Tensor, displacement: Tensor, affine: Tensor, mode: str = "bilinear") -> Tensor:
     """A moving volume on its own grid, pulled onto the grid of a world displacement in one interpolation.
 
     Args:

@@ -92,7 +92,9 @@ class MultiscaleDiceLoss(nn.Module):
         """Mean over scales of the Dice: shape (B,), float64."""
         size = fixed.shape[2:]
         a, b = fixed[:, 0], warped[:, 0]
-        filters = [[gaussian_matrix(n, s / float(mm)) for n, mm in zip(size, spacing, strict=True)] for s in self.scales]
+        filters = [
+            [gaussian_matrix(n, s / float(mm)) for n, mm in zip(size, spacing, strict=True)] for s in self.scales
+        ]
         with torch.no_grad():
             fields = [
                 a if scale == 0 else _filter(a, [(g.T @ g).to(a) for g in axes])

@@ -129,7 +129,10 @@ class EvaluationTable:
                     else:
                         self.landmark_rows.append(
                             {"case": item["case"], "patient": item["patient"], "label": m}
-                            | {f"{name.removesuffix('_mm')}_before{'_mm' * name.endswith('_mm')}": v for name, v in label.items()}
+                            | {
+                                f"{name.removesuffix('_mm')}_before{'_mm' * name.endswith('_mm')}": v
+                                for name, v in label.items()
+                            }
                         )
             row["folded_percent"] = folded_percent(item["displacement"][None], fixed.affine)
             row["empty_warped"] = sum(r["empty_warped"] for r in self.landmark_rows[-len(labels) :])

@@ -123,9 +123,7 @@ class SummedDDFNet(nn.Module):
             raise ValueError(f"summands must be distinct levels out of 0..{LEVELS}, got {tuple(summands)}")
         self.unit = 2**LEVELS  # the network's inner sizes are multiples of this
         n = [initial_channels * 2**k for k in range(LEVELS + 1)]
-        self.down = nn.ModuleList(
-            DownBlock(n[k - 1] if k else 2, n[k], kernel=3 if k else 7) for k in range(LEVELS)
-        )
+        self.down = nn.ModuleList(DownBlock(n[k - 1] if k else 2, n[k], kernel=3 if k else 7) for k in range(LEVELS))
         self.deep = conv_bn(n[LEVELS - 1], n[LEVELS])
         lowest = min(summands)  # decoder levels that no summand needs are not built
         self.up = nn.ModuleList(
@@ -162,9 +160,7 @@ class SummedDDFNet(nn.Module):
         fields: list[Tensor] = []
         for summand in self.summands:
             field = F.interpolate(summand(features), size=image.shape[2:], mode="trilinear", align_corners=False)
-            fields.append(
-                field[:, :, low[0] : low[0] + size[0], low[1] : low[1] + size[1], low[2] : low[2] + size[2]]
-            )
+            fields.append(field[:, :, low[0] : low[0] + size[0], low[1] : low[1] + size[1], low[2] : low[2] + size[2]])
         return fields
 
     def forward(self, image: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ def quality(item: Mapping[str, Any]) -> dict[str, Any]:
     affine = item["original_fixed_image"].affine
     displacement = item["displacement"][None]
     jacobian = fields.jacobian_determinant(displacement, affine)
-    x = fields.transform_points(affine.double(), fields.identity_grid(displacement.shape[2:], torch.float64, "cpu")[None])
+    x = fields.transform_points(
+        affine.double(), fields.identity_grid(displacement.shape[2:], torch.float64, "cpu")[None]
+    )
     covered = torch.ones_like(item["original_moving_image"].as_tensor())[None]
     covered = fields.pull(covered, item["original_moving_image"].affine, displacement, affine)
     record = {
@@ -105,7 +107,10 @@ def save_overview(path: Path, item: Mapping[str, Any], record: Mapping[str, Any]
         "gland_before": start.get("moving_label"),
         "gland_after": item.get("warped_moving_label"),
     }
-    facts = [f"folded voxels {record['folded_percent']:.2f} %", f"largest displacement {record['max_displacement_mm']:.1f} mm"]
+    facts = [
+        f"folded voxels {record['folded_percent']:.2f} %",
+        f"largest displacement {record['max_displacement_mm']:.1f} mm",
+    ]
     if record.get("tre_mm") is not None:
         facts.insert(0, f"TRE {record['tre_before_mm']:.1f} → {record['tre_mm']:.1f} mm")
     if record.get("gland_dsc") is not None:

@@ -153,7 +153,9 @@ def test_metadata_lists_the_pinned_versions_and_the_current_version_in_its_chang
 
 
 def test_the_three_configs_share_their_common_items():
-    train, evaluate, inference = (json.loads((CONFIGS / f"{n}.json").read_text()) for n in ("train", "evaluate", "inference"))
+    train, evaluate, inference = (
+        json.loads((CONFIGS / f"{n}.json").read_text()) for n in ("train", "evaluate", "inference")
+    )
     own = {"output_dir", "handlers", "datalist", "run"}
     for a, b in ((train, inference), (train, evaluate), (evaluate, inference)):
         assert all(a[k] == b[k] for k in set(a) & set(b) - own)
@@ -169,5 +171,8 @@ def test_default_hyper_parameters_are_the_papers():
 def test_bad_data_ends_a_bundle_run_with_one_line(tmp_path):
     result = run("monai.bundle", "run", "--config_file", "configs/train.json", "--dataset_dir", str(tmp_path / "none"))
     assert result.returncode != 0
-    assert result.stderr.strip().splitlines()[-1] == f"error: {tmp_path / 'none'}: folder not found; pass --dataset_dir DIR"
+    assert (
+        result.stderr.strip().splitlines()[-1]
+        == f"error: {tmp_path / 'none'}: folder not found; pass --dataset_dir DIR"
+    )
     assert "Traceback" not in result.stderr

@@ -77,11 +77,16 @@ def test_simpleitk_gets_the_warped_image_from_the_field_and_the_original_moving_
     record = json.loads((tmp_path / "out" / "qa.json").read_text())
     assert record["max_displacement_mm"] > 1, "the network moved nothing, so nothing was tested"
     assert 0.2 < (ours != 0).mean()
-    np.testing.assert_allclose(nib.load(tmp_path / "out" / "warped_moving_image.nii.gz").affine, nib.load(fixed).affine, atol=1e-4)
+    np.testing.assert_allclose(
+        nib.load(tmp_path / "out" / "warped_moving_image.nii.gz").affine, nib.load(fixed).affine, atol=1e-4
+    )
 
 
 def test_labels_come_out_binary_on_the_fixed_grid_with_scores(trained, cohort, tmp_path):
-    files = {k: next((cohort / "test" / f"{k}s").iterdir()) for k in ("moving_image", "fixed_image", "moving_label", "fixed_label")}
+    files = {
+        k: next((cohort / "test" / f"{k}s").iterdir())
+        for k in ("moving_image", "fixed_image", "moving_label", "fixed_label")
+    }
     labels = {"moving_labels": files["moving_label"], "fixed_labels": files["fixed_label"]}
     result = register(files["moving_image"], files["fixed_image"], tmp_path / "out", trained, **labels)
     assert result.returncode == 0, result.stderr[-3000:]
