@@ -148,6 +148,6 @@ def check_weights(path: str, network) -> str:
         name = next(k for k in [*wanted, *shapes] if shapes.get(k) != wanted.get(k))
         raise InputError(
             f"{path}: does not fit the network: {name} is {shapes.get(name, 'absent')} in the file,"
-            f" {wanted.get(name, 'absent')} in the network; pass the settings it was trained with (--initial_channels, …)"
+            f" {wanted.get(name, 'absent')} in the network; pass the settings it was trained with"
         )
     return path

@@ -77,8 +77,11 @@ def _pairs_in_json(path: Path, labels: bool) -> dict[str, list[dict[str, str]]]:
     splits = {}
     for split, names in SPLITS.items():
         items = next((content[n] for n in names if n in content), None) if isinstance(content, dict) else None
+        if items is not None and not isinstance(items, list):
+            raise InputError(f"{path}: {split} is not a list of pairs")
         for i, item in enumerate(items or []):
-            missing = [k for k in (KEYS if labels else KEYS[:2]) if not isinstance(item.get(k), str)]
+            known = item if isinstance(item, dict) else {}
+            missing = [k for k in (KEYS if labels else KEYS[:2]) if not isinstance(known.get(k), str)]
             if missing:
                 raise InputError(f"{path}: {split} item {i} lacks {missing[0]}; a pair needs {', '.join(KEYS)}")
             pair = {k: str(path.parent / item[k]) for k in KEYS if k in item}
@@ -88,6 +91,8 @@ def _pairs_in_json(path: Path, labels: bool) -> dict[str, list[dict[str, str]]]:
             pair["case"] = str(item.get("case", case_name(pair["fixed_image"])))
             if "patient" in item:
                 pair["patient"] = str(item["patient"])
+            if pair["case"] in (p["case"] for p in splits.get(split, [])):
+                raise InputError(f'{path}: more than one pair is called case {pair["case"]}; name each by its "case"')
             splits.setdefault(split, []).append(pair)
     if not splits:
         raise InputError(f'{path}: no pairs; expected lists named "training", "validation" or "test"')
@@ -123,7 +128,7 @@ def datalist(
     """The pairs of one split.
 
     With train/val/test sub-folders (or lists of a JSON) those are the splits. Without, every pair is in "train" and in
-    "test" and none in "val", unless a fold is named: then that fold's patients are "val" and "test", the others "train".
+    "test" and none in "val", unless a fold is named: then its patients are "val" and "test", the others "train".
 
     Args:
         dataset_dir: the data set's folder, or a datalist JSON.

@@ -31,7 +31,7 @@ def gaussian_matrix(size: int, sigma: float) -> Tensor:
     Returns:
         Shape (size, size), float64, CPU.
     """
-    tail = int(3 * sigma)
+    tail = int(3 * sigma + 1e-6)  # a spacing that came through float32 must not shorten it
     x = np.arange(-tail, tail + 1)
     kernel = np.exp(-0.5 * (x / sigma) ** 2) if tail else np.ones(1)
     kernel /= kernel.sum()
@@ -114,8 +114,8 @@ class MultiscaleDiceLoss(nn.Module):
 
 
 class MultiscaleCrossEntropyLoss(nn.Module):
-    """Multiscale cross-entropy, Eq. (6): foreground plus background, the fixed label as target, the mean over voxels and
-    scales; filtered labels are clipped to [1e-6, 1 − 1e-6]. Arguments as in `MultiscaleDiceLoss`."""
+    """Multiscale cross-entropy, Eq. (6): foreground plus background, the fixed label as target, the mean over voxels
+    and scales; filtered labels are clipped to [1e-6, 1 − 1e-6]. Arguments as in `MultiscaleDiceLoss`."""
 
     def __init__(self, scales: Sequence[float] = PAPER_SCALES) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ def save_displacement(path: Path, displacement: np.ndarray, affine: np.ndarray) 
 
 
 def quality(item: Mapping[str, Any]) -> dict[str, Any]:
-    """The QA figures of one registration: folding, Jacobian, displacement and coverage, DSC and TRE if there are labels.
+    """The QA figures of one registration: folding, Jacobian, displacement, coverage; with labels, DSC and TRE.
 
     Args:
         item: what `scripts.transforms.ToOriginalGridd` leaves.

@@ -63,7 +63,9 @@ class LoadPaird(Transform):
             if len(label) != 1 or unknown:
                 found = f"value {unknown[0]:g}" if unknown else f"{len(label)} channels"
                 raise checks.InputError(f"{path}: {found} in an index map of values {list(self.label_values)}")
-            label = MetaTensor(torch.cat([label == v for v in self.label_values]).float(), affine=label.affine)
+            label = MetaTensor(
+                torch.cat([label.as_tensor() == v for v in self.label_values]).float(), affine=label.affine
+            )
         checks.check_labels(path, label.numpy())
         return label
 
@@ -118,11 +120,13 @@ def _read_itk_matrix(path: str) -> Tensor:
         transforms = itk.transformread(path)
     except RuntimeError as error:
         raise checks.InputError(f"{path}: ITK cannot read this transform") from error
-    if len(transforms) != 1 or not hasattr(transforms[0], "GetMatrix"):
+    linear = [t for t in transforms if t.GetInputSpaceDimension() == 3 and t.IsLinear()]
+    if len(transforms) != 1 or not linear:
         raise checks.InputError(f"{path}: expected one linear 3-D transform")
+    points = np.array([list(linear[0].TransformPoint(p)) for p in ([0.0] * 3, *np.eye(3).tolist())])
     matrix = torch.eye(4, dtype=torch.float64)
-    matrix[:3, :3] = torch.from_numpy(np.array(itk.array_from_matrix(transforms[0].GetMatrix())))
-    matrix[:3, 3] = torch.tensor(list(transforms[0].GetOffset()), dtype=torch.float64)
+    matrix[:3, :3] = torch.from_numpy((points[1:] - points[0]).T)
+    matrix[:3, 3] = torch.from_numpy(points[0])
     flip = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64))  # LPS <-> RAS
     return flip @ matrix @ flip
 

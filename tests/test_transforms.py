@@ -225,13 +225,22 @@ def test_a_start_that_is_no_single_linear_3d_transform_is_refused(tmp_path):
         OntoFixedGridd(start=str(tmp_path / "text.tfm"))(data)
     bad = {
         "bspline": sitk.BSplineTransform(3, 3),
-        "composite": sitk.CompositeTransform([sitk.Euler3DTransform(), sitk.AffineTransform(3)]),
         "two_d": sitk.Euler2DTransform(),
     }
     for name, transform in bad.items():
         sitk.WriteTransform(transform, str(tmp_path / f"{name}.tfm"))
         with pytest.raises(InputError, match=f"{name}.tfm: expected one linear 3-D transform"):
             OntoFixedGridd(start=str(tmp_path / f"{name}.tfm"))(data)
+
+
+def test_a_translation_and_a_composite_of_linear_transforms_are_starts_as_well(tmp_path):
+    rotation = sitk.Euler3DTransform((1, 2, 3), 0.1, -0.2, 0.3, (4, 5, 6))
+    for transform in (sitk.TranslationTransform(3, (3, -2, 5)), sitk.CompositeTransform([rotation, rotation])):
+        sitk.WriteTransform(transform, str(tmp_path / "start.tfm"))
+        matrix = OntoFixedGridd(start=str(tmp_path / "start.tfm"))(pair())["start"].numpy()
+        for point in np.random.default_rng(0).uniform(-50, 50, (5, 3)):
+            lps = np.array(transform.TransformPoint(tuple(point * [-1, -1, 1])))
+            np.testing.assert_allclose((matrix @ [*point, 1])[:3], lps * [-1, -1, 1], atol=1e-6)
 
 
 # ---- the way back
