@@ -118,8 +118,11 @@ def main() -> None:
 
     from scripts.checks import refusal
 
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):  # Fire calls a bare --help of a verb with required arguments an error
+        arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
     try:
-        fire.Fire({"register": register, "phantom": phantom, "demo": demo}, name="python -m scripts")
+        fire.Fire({"register": register, "phantom": phantom, "demo": demo}, arguments, name="python -m scripts")
     except Exception as error:
         refused = refusal(error)
         if refused is None:
