@@ -10,6 +10,7 @@ from statistics import median
 from scripts.__main__ import ROOT, run_config
 from scripts.checks import InputError
 
+MARKER = ".demonstration"  # only a folder that holds it is ever replaced
 COLUMNS = ("case", "gland DSC", "TRE in mm", "folded voxels in %", "seconds")
 
 
@@ -22,9 +23,11 @@ def run_demo(folder: Path, iterations: int | None) -> None:
     from scripts.phantom import write_cohort
 
     if folder.exists():
-        if any(folder.iterdir()) and not (folder / "cohort").is_dir():
+        if any(folder.iterdir()) and not (folder / MARKER).is_file():
             raise InputError(f"{folder}: is not empty and not an earlier demonstration; choose another --output_dir")
         shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).write_text("Made by `python -m scripts demo`, which may replace this folder.\n")
     overlay = ROOT / "configs" / "demo.yaml"
     cohort, train, registered = folder / "cohort", folder / "train", folder / "registered"
     write_cohort(cohort, patients=40, seed=0, split=(0.8, 0.05, 0.15))

@@ -78,6 +78,24 @@ def evaluate_labels(warped: Tensor, fixed: Tensor, spacing: Sequence[float]) -> 
     return [{"dsc": d.item(), "distance_mm": c.item()} for d, c in scores]
 
 
+def score_case(
+    warped: Tensor, fixed: Tensor, spacing: Sequence[float]
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Scores of one case, and of each of its labels; arguments and label scores as in `evaluate_labels`.
+
+    The case's are `dsc` (channel 0, the gland), `tre_mm` (the landmarks) and `tre_with_gland_mm`.
+    """
+    labels = evaluate_labels(warped, fixed, spacing)
+    distances = [label["distance_mm"] for label in labels]
+    tre, with_gland = target_registration_error(distances[1:]), target_registration_error(distances)
+    return {"dsc": labels[0]["dsc"], "tre_mm": tre, "tre_with_gland_mm": with_gland}, labels
+
+
+def _before(scores: dict[str, float]) -> dict[str, float]:
+    """Scores under the names they have before registration: dsc_before, tre_before_mm, …"""
+    return {f"{k.removesuffix('_mm')}_before{'_mm' if k.endswith('_mm') else ''}": v for k, v in scores.items()}
+
+
 class EvaluationTable:
     """Ignite handler that scores each registered case, before (start alignment only) and after, on the original grid.
 
@@ -112,32 +130,23 @@ class EvaluationTable:
             item = {**batch, **output}
             fixed = item["original_fixed_label"]
             spacing = fixed.affine[:3, :3].norm(dim=0)
-            before = to_original_grid(item, torch.zeros_like(output["pred"]))
-            row = {"case": item["case"], "patient": item["patient"]}
-            for suffix, warped in (("_before", before["moving_label"]), ("", item["warped_moving_label"])):
-                labels = evaluate_labels(warped, fixed.as_tensor(), spacing)
-                distances = [label["distance_mm"] for label in labels]
-                row[f"dsc{suffix}"] = labels[0]["dsc"]
-                row[f"tre{suffix}_mm"] = target_registration_error(distances[1:])
-                row[f"tre_with_gland{suffix}_mm"] = target_registration_error(distances)
-                for m, label in enumerate(labels):
-                    if not suffix:
-                        first = len(self.landmark_rows) - len(labels) + m
-                        self.landmark_rows[first] |= label | {
-                            "empty_warped": not math.isnan(label["dsc"]) and math.isnan(label["distance_mm"])
-                        }
-                    else:
-                        self.landmark_rows.append(
-                            {"case": item["case"], "patient": item["patient"], "label": m}
-                            | {
-                                f"{name.removesuffix('_mm')}_before{'_mm' * name.endswith('_mm')}": v
-                                for name, v in label.items()
-                            }
-                        )
-            row["folded_percent"] = folded_percent(item["displacement"][None], fixed.affine)
-            row["empty_warped"] = sum(r["empty_warped"] for r in self.landmark_rows[-len(labels) :])
-            row["seconds"] = seconds
-            self.rows.append(row)
+            before = to_original_grid(item, torch.zeros_like(output["pred"]))["moving_label"]
+            case_before, labels_before = score_case(before, fixed.as_tensor(), spacing)
+            case_after, labels_after = score_case(item["warped_moving_label"], fixed.as_tensor(), spacing)
+            name = {"case": item["case"], "patient": item["patient"]}
+            empty = [not math.isnan(label["dsc"]) and math.isnan(label["distance_mm"]) for label in labels_after]
+            for m, (start, end) in enumerate(zip(labels_before, labels_after, strict=True)):
+                self.landmark_rows.append(name | {"label": m} | _before(start) | end | {"empty_warped": empty[m]})
+            self.rows.append(
+                name
+                | _before(case_before)
+                | case_after
+                | {
+                    "folded_percent": folded_percent(item["displacement"][None], fixed.affine),
+                    "empty_warped": sum(empty),
+                    "seconds": seconds,
+                }
+            )
 
     def _summarise(self, engine: Engine) -> None:
         for name in [k for k in self.rows[0] if k not in ("case", "patient")] if self.rows else []:

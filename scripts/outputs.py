@@ -27,12 +27,13 @@ from scripts.transforms import to_original_grid
 NOTICE = "Research use only. Not for clinical decisions."
 
 
-def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, dtype: type) -> None:
-    """Write a NIfTI file, sform = qform = `affine` (RAS mm); `volume` (X, Y, Z) or (X, Y, Z, M)."""
+def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, dtype: type, intent: str = "none") -> None:
+    """Write a NIfTI file in mm, sform = qform = `affine` (RAS); the first three axes of `volume` are x, y, z."""
     image = nib.Nifti1Image(np.ascontiguousarray(volume, dtype=dtype), affine)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     image.header.set_xyzt_units("mm")
+    image.header.set_intent(intent)
     nib.save(image, path)
 
 
@@ -44,67 +45,61 @@ def save_displacement(path: Path, displacement: np.ndarray, affine: np.ndarray) 
         affine: voxel -> world of the fixed grid, RAS mm.
     """
     lps = displacement * np.array([-1, -1, 1]).reshape(3, 1, 1, 1)
-    image = nib.Nifti1Image(np.moveaxis(lps, 0, -1)[..., None, :].astype(np.float64), affine)
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    image.header.set_intent("vector")
-    image.header.set_xyzt_units("mm")
-    nib.save(image, path)
+    save_volume(path, np.moveaxis(lps, 0, -1)[..., None, :], affine, dtype=np.float64, intent="vector")
 
 
-def quality(item: Mapping[str, Any]) -> dict[str, Any]:
+def deformation(item: Mapping[str, Any]) -> Tensor:
+    """The displacement without the start alignment, (1, 3, X, Y, Z), mm in the fixed world: S⁻¹(T(x)) − x."""
+    affine, size = item["original_fixed_image"].affine.double(), item["displacement"].shape[1:]
+    x = fields.transform_points(affine, fields.identity_grid(size, torch.float64, "cpu")[None])
+    start = torch.linalg.inv(item["start"].double().cpu())
+    return fields.transform_points(start, x + item["displacement"][None]) - x
+
+
+def quality(item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor) -> dict[str, Any]:
     """The QA figures of one registration: folding, Jacobian, displacement, coverage; with labels, DSC and TRE.
 
     Args:
         item: what `scripts.transforms.ToOriginalGridd` leaves.
+        before: `scripts.transforms.to_original_grid` of the start alignment alone.
+        moved: its `deformation`.
     """
     affine = item["original_fixed_image"].affine
     displacement = item["displacement"][None]
     jacobian = fields.jacobian_determinant(displacement, affine)
-    x = fields.transform_points(
-        affine.double(), fields.identity_grid(displacement.shape[2:], torch.float64, "cpu")[None]
-    )
     covered = torch.ones_like(item["original_moving_image"].as_tensor())[None]
     covered = fields.pull(covered, item["original_moving_image"].affine, displacement, affine)
     record = {
         "folded_percent": 100 * (jacobian <= 0).double().mean().item(),
         "jacobian_min": jacobian.min().item(),
         "jacobian_sd_log": jacobian.clamp_min(1e-9).log().std().item(),
-        "max_displacement_mm": _deformation(item, x).norm(dim=1).max().item(),
+        "max_displacement_mm": moved.norm(dim=1).max().item(),
         "covered_percent": 100 * (covered > 0).double().mean().item(),
     }
     if "original_fixed_label" in item and "warped_moving_label" in item:
         fixed = item["original_fixed_label"].as_tensor()
-        start = to_original_grid(item, torch.zeros_like(item["pred"]))
-        for suffix, warped in (("_before", start["moving_label"]), ("", item["warped_moving_label"])):
-            rows = metrics.evaluate_labels(warped, fixed, affine[:3, :3].norm(dim=0))
-            record[f"gland_dsc{suffix}"] = rows[0]["dsc"]
-            record[f"tre{suffix}_mm"] = metrics.target_registration_error([r["distance_mm"] for r in rows[1:]])
+        for suffix, warped in (("_before", before["moving_label"]), ("", item["warped_moving_label"])):
+            scores, _ = metrics.score_case(warped, fixed, affine[:3, :3].norm(dim=0))
+            record[f"gland_dsc{suffix}"] = scores["dsc"]
+            record[f"tre{suffix}_mm"] = scores["tre_mm"]
     return {k: v if math.isfinite(v) else None for k, v in record.items()}
 
 
-def _deformation(item: Mapping[str, Any], x: Tensor) -> Tensor:
-    """The displacement without the start alignment, (1, 3, X, Y, Z), mm in the fixed world: S⁻¹(T(x)) − x."""
-    start = torch.linalg.inv(item["start"].double().cpu())
-    return fields.transform_points(start, x + item["displacement"][None]) - x
-
-
-def save_overview(path: Path, item: Mapping[str, Any], record: Mapping[str, Any]) -> None:
-    """Draw `scripts.figures.overview` for one case on the original fixed grid, axes reordered to RAS."""
+def save_overview(
+    path: Path, item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor, record: Mapping[str, Any]
+) -> None:
+    """Draw `scripts.figures.overview` for one case on the original fixed grid, axes reordered to RAS; see `quality`."""
     affine = item["original_fixed_image"].affine.double()
     reorient = Orientation(axcodes="RAS", labels=None)
 
     def ras(volume: Tensor) -> MetaTensor:
         return reorient(MetaTensor(torch.as_tensor(volume), affine=affine))
 
-    start = to_original_grid(item, torch.zeros_like(item["pred"]))
-    size = item["displacement"].shape[1:]
-    x = fields.transform_points(affine, fields.identity_grid(size, torch.float64, "cpu")[None])
-    world = ras(_deformation(item, x)[0])
+    world = ras(moved[0])
     ddf = torch.einsum("ij,j...->i...", torch.linalg.inv(world.affine[:3, :3].double()), world.as_tensor())
     glands = {
         "fixed_gland": item.get("original_fixed_label"),
-        "gland_before": start.get("moving_label"),
+        "gland_before": before.get("moving_label"),
         "gland_after": item.get("warped_moving_label"),
     }
     facts = [
@@ -118,7 +113,7 @@ def save_overview(path: Path, item: Mapping[str, Any], record: Mapping[str, Any]
     figures.overview(
         path,
         ras(item["original_fixed_image"].as_tensor())[0].numpy(),
-        ras(start["moving_image"])[0].numpy(),
+        ras(before["moving_image"])[0].numpy(),
         ras(item["warped_moving_image"])[0].numpy(),
         ddf.numpy(),
         world.affine[:3, :3].norm(dim=0).tolist(),
@@ -148,8 +143,10 @@ def save_registration(folder: Path, item: Mapping[str, Any], provenance: Mapping
             binary = (item["warped_moving_label"] >= 0.5).movedim(0, -1).numpy()
             binary = binary[..., 0] if binary.shape[-1] == 1 else binary
             save_volume(partial / "warped_moving_label.nii.gz", binary, affine, dtype=np.uint8)
-        record = quality(item)
-        save_overview(partial / "overview.png", item, record)
+        before = to_original_grid(item, torch.zeros_like(item["pred"]))
+        moved = deformation(item)
+        record = quality(item, before, moved)
+        save_overview(partial / "overview.png", item, before, moved, record)
         known = {k: item[k] for k in ("case", "moving_file", "fixed_file")}
         record = {"notice": NOTICE} | known | record | dict(provenance)
         (partial / "qa.json").write_text(json.dumps(record, indent=2) + "\n")
