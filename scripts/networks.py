@@ -2,22 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 LEVELS = 4  # down-samplings; the deepest feature map is 2**LEVELS times coarser than the input
 BN_EPS = 1e-3  # label-reg; the paper is silent
 
 
-def conv_bn(in_channels: int, out_channels: int, kernel: int = 3) -> nn.Sequential:
-    """Convolution without bias, then batch normalisation: (B, in, X, Y, Z) -> (B, out, X, Y, Z)."""
-    return nn.Sequential(
-        nn.Conv3d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False),
-        nn.BatchNorm3d(out_channels, eps=BN_EPS),
-    )
+class ConvBN(nn.Module):
+    """Convolution without bias, then batch normalisation: (B, in, X, Y, Z) -> (B, out, X', Y', Z').
+
+    In eval mode the normalisation is one scale and one shift per channel and is folded into the convolution: a pass
+    over the features less, equal up to rounding.
+
+    Args:
+        conv: the convolution, transposed or not, without bias.
+    """
+
+    def __init__(self, conv: nn.Conv3d | nn.ConvTranspose3d) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = nn.BatchNorm3d(conv.out_channels, eps=BN_EPS)
+        self.transposed = conv.transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.norm(self.conv(x))
+        mean, variance = self.norm.running_mean, self.norm.running_var
+        assert mean is not None and variance is not None  # TorchScript wants to be told
+        scale = self.norm.weight * torch.rsqrt(variance + self.norm.eps)
+        shift = self.norm.bias - mean * scale
+        if self.transposed:
+            weight = self.conv.weight * scale.view(1, -1, 1, 1, 1)
+            return F.conv_transpose3d(x, weight, shift, stride=2, padding=1, output_padding=1)
+        weight = self.conv.weight * scale.view(-1, 1, 1, 1, 1)
+        return F.conv3d(x, weight, shift, padding=weight.shape[2] // 2)
+
+
+def conv_bn(in_channels: int, out_channels: int, kernel: int = 3) -> ConvBN:
+    """`ConvBN` that keeps the size."""
+    return ConvBN(nn.Conv3d(in_channels, out_channels, kernel, padding=kernel // 2, bias=False))
+
+
+@contextmanager
+def _statistics_counted_already(block: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of batch normalisation as they are, for a forward pass that is run once more."""
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm3d)]
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, counted) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(counted)
 
 
 def additive_upsampling(x: Tensor) -> Tensor:
@@ -39,7 +83,8 @@ class ResidualUnit(nn.Module):
         self.conv2 = conv_bn(channels, channels)
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        return F.relu(self.conv2(F.relu(self.conv1(x))) + shortcut)
+        h = F.relu(self.conv1(x), inplace=True)
+        return F.relu(self.conv2(h).add_(shortcut), inplace=True)
 
 
 class DownBlock(nn.Module):
@@ -51,7 +96,7 @@ class DownBlock(nn.Module):
         self.residual = ResidualUnit(out_channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        skip = F.relu(self.conv(x))
+        skip = F.relu(self.conv(x), inplace=True)
         return F.max_pool3d(self.residual(skip, skip), 2), skip
 
 
@@ -60,16 +105,17 @@ class UpBlock(nn.Module):
 
     def __init__(self, channels: int, additive: bool, skip_in_shortcut_only: bool) -> None:
         super().__init__()
-        self.deconv = nn.ConvTranspose3d(2 * channels, channels, 3, stride=2, padding=1, output_padding=1, bias=False)
-        self.norm = nn.BatchNorm3d(channels, eps=BN_EPS)
+        self.deconv = ConvBN(
+            nn.ConvTranspose3d(2 * channels, channels, 3, stride=2, padding=1, output_padding=1, bias=False)
+        )
         self.residual = ResidualUnit(channels)
         self.additive = additive
         self.skip_in_shortcut_only = skip_in_shortcut_only
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        h = F.relu(self.norm(self.deconv(x)))
+        h = F.relu(self.deconv(x), inplace=True)
         if self.additive:
-            h = h + additive_upsampling(x)
+            h = additive_upsampling(x).add_(h)
         summed = h + skip
         return self.residual(h if self.skip_in_shortcut_only else summed, summed)
 
@@ -86,8 +132,11 @@ class Summand(nn.Module):
         self.index = LEVELS - level  # of its feature map; TorchScript reads attributes, not globals
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        # float32 from here on: half precision resolves only 0.06 voxel at a displacement of 100
-        return self.conv(features[self.index]).float()
+        # in float32, also under autocast: half precision resolves a displacement of 10 voxels only to 0.06
+        if torch.jit.is_scripting():
+            return self.conv(features[self.index].float())
+        with torch.autocast(features[self.index].device.type, enabled=False):
+            return self.conv(features[self.index].float())
 
 
 class SummedDDFNet(nn.Module):
@@ -102,6 +151,8 @@ class SummedDDFNet(nn.Module):
         additive: trilinear additive up-sampling in the decoder; False is the paper's ablation.
         skip_in_shortcut_only: label-reg's code adds the skip only to the shortcut of the decoder's residual unit,
             Fig. 4 adds it before the unit (the default).
+        checkpointing: in training keep only what enters each block and compute the rest again in the backward pass:
+            less memory, about a third more time, the same gradients.
 
     Raises:
         ValueError: `summands` is empty, repeats a level or names one outside 0..4.
@@ -117,10 +168,12 @@ class SummedDDFNet(nn.Module):
         summands: Sequence[int] = (0, 1, 2, 3, 4),
         additive: bool = True,
         skip_in_shortcut_only: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if not summands or len(set(summands)) != len(summands) or not set(summands) <= set(range(LEVELS + 1)):
             raise ValueError(f"summands must be distinct levels out of 0..{LEVELS}, got {tuple(summands)}")
+        self.checkpointing = checkpointing
         self.unit = 2**LEVELS  # the network's inner sizes are multiples of this
         n = [initial_channels * 2**k for k in range(LEVELS + 1)]
         self.down = nn.ModuleList(DownBlock(n[k - 1] if k else 2, n[k], kernel=3 if k else 7) for k in range(LEVELS))
@@ -139,14 +192,29 @@ class SummedDDFNet(nn.Module):
         skips: list[Tensor] = []
         x = image
         for down in self.down:
-            x, skip = down(x)
+            if torch.jit.is_scripting():
+                x, skip = down(x)
+            else:
+                x, skip = self._block(down, x)
             skips.append(skip)
         x = F.relu(self.deep(x))
         features = [x]
         for i, up in enumerate(self.up):
-            x = up(x, skips[len(skips) - 1 - i])
+            skip = skips[len(skips) - 1 - i]
+            if torch.jit.is_scripting():
+                x = up(x, skip)
+            else:
+                x = self._block(up, x, skip)
             features.append(x)
         return features
+
+    @torch.jit.unused
+    def _block(self, block: nn.Module, *inputs: Tensor):
+        """Run a block, or in training mark it to be computed again in the backward pass."""
+        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
+            return block(*inputs)
+        again = lambda: (nullcontext(), _statistics_counted_already(block))  # noqa: E731
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=again)
 
     def displacement_summands(self, image: Tensor) -> list[Tensor]:
         """The fields δ_k before their sum, deepest level first: each (B, 3, X, Y, Z), voxels of the input grid."""
@@ -156,7 +224,7 @@ class SummedDDFNet(nn.Module):
         low = [px // 2, py // 2, pz // 2]
         # zero is the mean of a normalised image
         image = F.pad(image, [low[2], pz - low[2], low[1], py - low[1], low[0], px - low[0]])
-        features = self.features(image)
+        features = self.features(image.contiguous(memory_format=torch.channels_last_3d))
         fields: list[Tensor] = []
         for summand in self.summands:
             field = F.interpolate(summand(features), size=image.shape[2:], mode="trilinear", align_corners=False)
@@ -173,4 +241,8 @@ class SummedDDFNet(nn.Module):
             Shape (B, 3, X, Y, Z), voxels of that grid.
         """
         # MONAI's LocalNet averages the levels; the paper sums them
-        return torch.stack(self.displacement_summands(image)).sum(0)
+        fields = self.displacement_summands(image)
+        ddf = fields[0]
+        for field in fields[1:]:
+            ddf = ddf + field
+        return ddf

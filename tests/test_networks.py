@@ -21,7 +21,7 @@ def trained(seed=0, **options):
                 value.normal_(0, 0.3)
             elif name.endswith("running_mean"):
                 value.normal_(0, 0.1)
-            elif name.endswith("running_var") or ".1.weight" in name or "norm.weight" in name:
+            elif name.endswith("running_var") or "norm.weight" in name:
                 value.uniform_(0.5, 2)
             elif name.endswith("bias"):
                 value.normal_(0, 0.2)
@@ -41,8 +41,8 @@ def figure_4(w, x, summands=ALL, additive=True, skip_after_unit=False, skip_in_s
         return (x - mean) / (var + 1e-3).sqrt() * scale + shift
 
     def conv(x, name):
-        kernel = w[f"{name}.0.weight"]
-        return bn(F.conv3d(x, kernel, padding=kernel.shape[-1] // 2), f"{name}.1")
+        kernel = w[f"{name}.conv.weight"]
+        return bn(F.conv3d(x, kernel, padding=kernel.shape[-1] // 2), f"{name}.norm")
 
     def unit(x, shortcut, name):
         return torch.relu(conv(torch.relu(conv(x, f"{name}.conv1")), f"{name}.conv2") + shortcut)
@@ -59,8 +59,8 @@ def figure_4(w, x, summands=ALL, additive=True, skip_after_unit=False, skip_in_s
     x = torch.relu(conv(x, "deep"))
     levels = {4: x}
     for i, k in enumerate(range(3, min(summands) - 1, -1)):
-        up = F.conv_transpose3d(x, w[f"up.{i}.deconv.weight"], stride=2, padding=1, output_padding=1)
-        h = torch.relu(bn(up, f"up.{i}.norm"))
+        up = F.conv_transpose3d(x, w[f"up.{i}.deconv.conv.weight"], stride=2, padding=1, output_padding=1)
+        h = torch.relu(bn(up, f"up.{i}.deconv.norm"))
         if additive:
             resized, n = resize(x, skips[k].shape[2:]), x.shape[1] // 2
             h = h + resized[:, :n] + resized[:, n:]
@@ -79,16 +79,16 @@ def layer_counts(n0, summands=ALL):
     counts = {}
     for k in range(4):
         before, kernel = (n[k - 1], 3) if k else (2, 7)
-        counts |= {f"down.{k}.conv.0": before * n[k] * kernel**3, f"down.{k}.conv.1": 2 * n[k]}
+        counts |= {f"down.{k}.conv.conv": before * n[k] * kernel**3, f"down.{k}.conv.norm": 2 * n[k]}
         for c in (1, 2):
-            counts[f"down.{k}.residual.conv{c}.0"] = n[k] * n[k] * 27
-            counts[f"down.{k}.residual.conv{c}.1"] = 2 * n[k]
-    counts |= {"deep.0": n[3] * n[4] * 27, "deep.1": 2 * n[4]}
+            counts[f"down.{k}.residual.conv{c}.conv"] = n[k] * n[k] * 27
+            counts[f"down.{k}.residual.conv{c}.norm"] = 2 * n[k]
+    counts |= {"deep.conv": n[3] * n[4] * 27, "deep.norm": 2 * n[4]}
     for i, k in enumerate(range(3, min(summands) - 1, -1)):
-        counts |= {f"up.{i}.deconv": n[k + 1] * n[k] * 27, f"up.{i}.norm": 2 * n[k]}
+        counts |= {f"up.{i}.deconv.conv": n[k + 1] * n[k] * 27, f"up.{i}.deconv.norm": 2 * n[k]}
         for c in (1, 2):
-            counts[f"up.{i}.residual.conv{c}.0"] = n[k] * n[k] * 27
-            counts[f"up.{i}.residual.conv{c}.1"] = 2 * n[k]
+            counts[f"up.{i}.residual.conv{c}.conv"] = n[k] * n[k] * 27
+            counts[f"up.{i}.residual.conv{c}.norm"] = 2 * n[k]
     return counts | {f"summands.{i}.conv": n[k] * 3 * 27 + 3 for i, k in enumerate(sorted(summands, reverse=True))}
 
 
