@@ -19,6 +19,32 @@ def identity_grid(size: Sequence[int], dtype: torch.dtype, device: torch.device 
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
+def _grid_sample(image: Tensor, grid: Tensor, mode: str, padding_mode: str) -> Tensor:
+    """`torch.nn.functional.grid_sample`, and in one go on all cores: a CPU gives it one thread per batch item.
+
+    A batch smaller than the number of threads is sampled item by item, the points of each cut into equal runs along
+    the batch axis over one shared view of the image.
+    """
+    threads = torch.get_num_threads()
+    if image.device.type != "cpu" or len(image) >= threads:
+        return F.grid_sample(image, grid, mode, padding_mode, align_corners=False)
+    sampled = []
+    for volume, points in zip(image.split(1), grid.flatten(1, 3).split(1), strict=True):
+        count = points.shape[1]
+        runs = F.pad(points, (0, 0, 0, -count % threads)).view(threads, -1, 1, 1, 3)
+        values = F.grid_sample(volume.expand(threads, -1, -1, -1, -1), runs, mode, padding_mode, align_corners=False)
+        sampled.append(values[..., 0, 0].transpose(0, 1).reshape(1, image.shape[1], -1)[..., :count])
+    return torch.cat(sampled).view(image.shape[0], image.shape[1], *grid.shape[1:4])
+
+
+def _sample(image: Tensor, grid: Tensor, mode: str, padding_mode: str) -> Tensor:
+    """`sample` at points in grid_sample's coordinates, (B, X', Y', Z', 3): z, y, x in [-1, 1] between outer faces."""
+    grid = grid.to(image.dtype)
+    if padding_mode != "outside":
+        return _grid_sample(image, grid, mode, padding_mode)
+    return _grid_sample(image, grid, mode, "border") * (grid.abs() <= 1).all(-1).unsqueeze(1)
+
+
 def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:
     """Values of an image at voxel coordinates.
 
@@ -32,17 +58,38 @@ def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: 
     Returns:
         Shape (B, C, X', Y', Z').
     """
-    size = torch.tensor(image.shape[2:], dtype=points.dtype, device=points.device).view(1, 3, 1, 1, 1)
     # (2p + 1)/n - 1 is grid_sample's coordinate with align_corners=False; a single slice needs no special case
-    grid = ((2 * points + 1) / size - 1).permute(0, 2, 3, 4, 1).flip(-1)
-    outside = padding_mode == "outside"
-    values = F.grid_sample(
-        image, grid.to(image.dtype), mode, "border" if outside else padding_mode, align_corners=False
-    )
-    if outside:
-        inside = ((points >= -0.5) & (points <= size - 0.5)).all(1, keepdim=True)
-        values = values * inside
-    return values
+    axes = [(points[:, i] * (2 / n)).add_(1 / n - 1) for i, n in enumerate(image.shape[2:])]
+    return _sample(image, torch.stack(axes[::-1], dim=-1), mode, padding_mode)
+
+
+def resample(
+    image: Tensor, to_image: Tensor, size: Sequence[int], mode: str = "bilinear", padding_mode: str = "border"
+) -> Tensor:
+    """An image on another grid, in one interpolation.
+
+    Args:
+        image: shape (1, C, X, Y, Z).
+        to_image: voxel of the other grid -> voxel of `image`, shape (4, 4).
+        size: voxels of the other grid.
+        mode, padding_mode: as in `sample`.
+
+    Returns:
+        Shape (1, C, *size).
+    """
+    to_image = to_image.double().cpu()
+    theta = normalised(image.shape[2:]) @ to_image @ torch.linalg.inv(normalised(size))
+    theta = theta[:3].flip(0)[:, [2, 1, 0, 3]]  # grid_sample counts x, y, z from the last axis
+    grid = F.affine_grid(theta[None].to(image), [1, 1, *size], align_corners=False)
+    return _sample(image, grid, mode, padding_mode)
+
+
+def normalised(size: Sequence[int]) -> Tensor:
+    """Voxel -> [-1, 1] between the outer faces of the outermost voxels of a grid: shape (4, 4), float64, CPU."""
+    n = torch.tensor([*size], dtype=torch.float64)
+    matrix = torch.diag(torch.cat([2 / n, torch.ones(1, dtype=torch.float64)]))
+    matrix[:3, 3] = 1 / n - 1
+    return matrix
 
 
 def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str = "zeros") -> Tensor:
@@ -58,7 +105,11 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
     """
     if ddf.shape != (image.shape[0], 3, *image.shape[2:]):
         raise ValueError(f"image {tuple(image.shape)} and ddf {tuple(ddf.shape)} are not on one grid")
-    return sample(image, identity_grid(ddf.shape[2:], ddf.dtype, ddf.device) + ddf, mode, padding_mode)
+    axes = []
+    for i, n in enumerate(image.shape[2:]):
+        centres = ((2 * torch.arange(n, dtype=ddf.dtype, device=ddf.device) + 1) / n - 1).view(-1, *[1] * (2 - i))
+        axes.append(torch.add(centres, ddf[:, i], alpha=2 / n))
+    return _sample(image, torch.stack(axes[::-1], dim=-1), mode, padding_mode)
 
 
 def jacobian_determinant(displacement: Tensor, affine: Tensor | None = None) -> Tensor:

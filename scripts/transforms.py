@@ -1,4 +1,4 @@
-"""Dictionary transforms of a pair: load and check, bring onto the fixed grid, draw a label, augment, warp back.
+"""Dictionary transforms of a pair: load and check, bring onto the fixed grid, warp back.
 
 The keys are the datalist's: `moving_image`, `fixed_image`, `moving_label`, `fixed_label`. Images are (C, X, Y, Z).
 """
@@ -12,9 +12,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from monai.data import ITKReader, MetaTensor
-from monai.transforms import LoadImage, MapTransform, Orientation, Randomizable, Transform
+from monai.transforms import LoadImage, MapTransform, Orientation, Transform
 from torch import Tensor
-from torch.nn import functional as F
 
 from scripts import checks, fields
 from scripts.data import KEYS
@@ -131,13 +130,11 @@ def _read_itk_matrix(path: str) -> Tensor:
     return flip @ matrix @ flip
 
 
-class OntoFixedGridd(MapTransform):
-    """Bring a pair onto the working grid: the fixed image's field of view in its own axes, reordered to RAS, isotropic.
+class PlanFixedGridd(MapTransform):
+    """Plan the working grid: the fixed image's field of view in its own axes, reordered to RAS, isotropic.
 
-    Each volume is interpolated once: the moving image is pulled through the start alignment straight onto the grid.
-    Adds `image`, the network's input (2, X, Y, Z): channel 0 moving, 1 fixed; replaces the labels by soft maps
-    (M, X, Y, Z) on the same grid; adds `grid_affine` (4, 4), voxel -> world RAS mm, `start` (4, 4), fixed world ->
-    moving world, and `spacing` (3,) in mm.
+    Resamples nothing. Adds `grid_affine` (4, 4), voxel -> world RAS mm, and its `grid_size`; `start` (4, 4), fixed
+    world -> moving world; `spacing` (3,) in mm.
 
     Args:
         spacing: voxel size of the working grid in mm; None or "none" keeps the fixed file's.
@@ -150,89 +147,43 @@ class OntoFixedGridd(MapTransform):
         self.start = start
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
-        d = dict(data)
-        fixed = Orientation(axcodes="RAS", labels=None)(d["fixed_image"])
+        fixed = Orientation(axcodes="RAS", labels=None)(data["fixed_image"])
         affine = fixed.affine.double()
         old = affine[:3, :3].norm(dim=0)
         new = torch.full((3,), self.spacing, dtype=torch.float64) if self.spacing else old
         old_size = torch.tensor(fixed.shape[1:], dtype=torch.float64)
-        size = (old_size * old / new - 1e-3).ceil().int()
+        size = (old_size * old / new - 1e-3).ceil()
         grid_affine = affine.clone()
         grid_affine[:3, :3] *= new / old
-        grid_affine[:3, 3] += affine[:3, :3] @ ((old_size - 1) / 2) - grid_affine[:3, :3] @ ((size - 1).double() / 2)
-        start = read_start(self.start, d["moving_image"], d["fixed_image"])
-        voxels = fields.identity_grid(size.tolist(), torch.float64, "cpu")[None]
+        grid_affine[:3, 3] += affine[:3, :3] @ ((old_size - 1) / 2) - grid_affine[:3, :3] @ ((size - 1) / 2)
+        start = read_start(self.start, data["moving_image"], data["fixed_image"])
+        plan = {"grid_affine": grid_affine, "grid_size": size.int().tolist(), "start": start, "spacing": new}
+        return dict(data) | plan
+
+
+def from_grid(data: Mapping[Hashable, MetaTensor], key: str) -> Tensor:
+    """Voxel of the planned working grid -> voxel of the volume `data[key]`, shape (4, 4), float64."""
+    world = data["start"] @ data["grid_affine"] if key.startswith("moving") else data["grid_affine"]
+    return torch.linalg.inv(data[key].affine.double()) @ world
+
+
+class OntoFixedGridd(PlanFixedGridd):
+    """Bring a pair onto the working grid of `PlanFixedGridd`; same arguments.
+
+    Each volume is interpolated once: the moving image is pulled through the start alignment straight onto the grid.
+    Adds `image`, the network's input (2, X, Y, Z): channel 0 moving, 1 fixed; replaces the labels by soft maps
+    (M, X, Y, Z) on the same grid.
+    """
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d = super().__call__(data)
+        size = d.pop("grid_size")
         for key in self.key_iterator(d):
-            own = d[key].affine.double()
-            if key in (IMAGES[0], LABELS[0]):
-                own = torch.linalg.inv(start) @ own  # where the moving volume lies in the fixed world
-            points = fields.transform_points(torch.linalg.inv(own) @ grid_affine, voxels)
             padding = "outside" if key in LABELS else "border"
-            d[key] = fields.sample(d[key].as_tensor()[None].double(), points, padding_mode=padding)[0].float()
+            volume = d[key].as_tensor()[None].double()
+            d[key] = fields.resample(volume, from_grid(d, key), size, padding_mode=padding)[0].float()
         d["image"] = torch.cat([d.pop("moving_image"), d.pop("fixed_image")])
-        return d | {"grid_affine": grid_affine, "start": start, "spacing": new}
-
-
-class DrawLabeld(Randomizable, Transform):
-    """The second stage of the two-stage sampling, Eq. (3): draw one label of the pair uniformly.
-
-    A label that is empty in either image on the working grid is never drawn. Replaces `moving_label` and `fixed_label`
-    (M, X, Y, Z) by the drawn (1, X, Y, Z).
-
-    Raises:
-        InputError: no label of the pair can be drawn.
-    """
-
-    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict:
-        d = dict(data)
-        present = [(d[key] >= 0.5).flatten(1).any(1) for key in LABELS]
-        drawable = np.flatnonzero((present[0] & present[1]).numpy())
-        if not len(drawable):
-            raise checks.InputError(f"{d.get('case', 'pair')}: no label is present in both images on the working grid")
-        label = int(drawable[self.R.randint(len(drawable))])
-        return d | {key: d[key][label : label + 1] for key in LABELS}
-
-
-def corner_affine(uniform: np.ndarray, strength: float) -> np.ndarray:
-    """label-reg's random affine: four corners of [−1, 1]³ move inward by `strength * uniform` per coordinate.
-
-    Args:
-        uniform: numbers in [0, 1], shape (4, 3), one row per corner.
-        strength: the largest shift in normalised units; 0.1 in label-reg.
-
-    Returns:
-        Shape (3, 4), output -> input coordinates in [−1, 1]³: at 0.1 the diagonal lies in [.9, 1], the off-diagonal
-        in ±.05, the translation in ±.1.
-    """
-    corners = np.array([[-1, -1, -1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=float)
-    moved = corners - np.sign(corners) * strength * uniform
-    return np.linalg.solve(np.c_[corners, np.ones(4)], moved).T
-
-
-class RandAffinePaird(Randomizable, Transform):
-    """Independent random affines for the moving and the fixed side, the same for an image and its label (§3.2).
-
-    Args:
-        strength: see `corner_affine`; 0 switches the augmentation off.
-    """
-
-    def __init__(self, strength: float = 0.1) -> None:
-        self.strength = strength
-
-    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict:
-        d = dict(data)
-        if not self.strength:
-            return d
-        sides = []
-        for channel, label in enumerate(LABELS):
-            theta = torch.from_numpy(corner_affine(self.R.rand(4, 3), self.strength)).float()[None]
-            # affine_grid counts x, y, z from the last axis
-            theta = torch.cat([theta[:, :, :3].flip(1, 2), theta[:, :, 3:].flip(1)], dim=2)
-            grid = F.affine_grid(theta, [1, 1, *d["image"].shape[1:]], align_corners=False)
-            side = d["image"][None, channel : channel + 1]
-            sides.append(F.grid_sample(side, grid, padding_mode="border", align_corners=False)[0])
-            d[label] = F.grid_sample(d[label][None], grid, align_corners=False)[0]
-        return d | {"image": torch.cat(sides)}
+        return d
 
 
 class KeepOriginalsd(MapTransform):
