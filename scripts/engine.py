@@ -20,7 +20,7 @@ from scripts.checks import InputError
 def prepare_batch(
     batch: Mapping[str, Any], device: torch.device | str, non_blocking: bool = False
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """A collated batch -> network input and the targets of `scripts.losses.LabelDrivenLoss`, on the device.
+    """A batch -> network input and the targets of `scripts.losses.LabelDrivenLoss`, on the device; `spacing` stays.
 
     Args:
         batch: `image` (B, 2, X, Y, Z), and for training `moving_label`, `fixed_label`, `spacing`.
@@ -29,9 +29,10 @@ def prepare_batch(
         The image and a dictionary of the three targets; None without labels.
     """
     image = batch["image"].to(device, non_blocking=non_blocking)
-    keys = ("moving_label", "fixed_label", "spacing")
-    targets = {k: batch[k].to(device, non_blocking=non_blocking) for k in keys if k in batch}
-    return image, targets if len(targets) == len(keys) else None
+    if not {"moving_label", "fixed_label", "spacing"} <= set(batch):
+        return image, None
+    targets = {k: batch[k].to(device, non_blocking=non_blocking) for k in ("moving_label", "fixed_label")}
+    return image, targets | {"spacing": batch["spacing"]}  # read on the CPU, where it makes the filters
 
 
 class MixedPrecisionInferer(SimpleInferer):

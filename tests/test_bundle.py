@@ -32,7 +32,7 @@ def test_training_leaves_weights_checkpoints_metrics_and_tensorboard_events(trai
     assert "model.pt" in names and "checkpoint_epoch=1.pt" in names and "cases.csv" in names
     assert any(n.startswith("events.out.tfevents") for n in names)
     weights = torch.load(trained / "model.pt", weights_only=True)
-    assert weights["down.0.conv.0.weight"].shape == (4, 2, 7, 7, 7)
+    assert weights["down.0.conv.conv.weight"].shape == (4, 2, 7, 7, 7)
 
 
 def test_resume_continues_from_the_newest_checkpoint(trained, cohort, tmp_path):

@@ -70,6 +70,35 @@ def test_an_image_and_a_ddf_of_different_grids_are_refused():
             fields.warp(torch.zeros(1, 1, 9, 8, 7), torch.zeros(shape))
 
 
+@pytest.mark.parametrize("padding_mode", ["zeros", "border", "outside"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sampling_in_runs_on_all_cores_is_sampling_in_one_in_value_and_gradient(batch, padding_mode):
+    image = random(batch, 2, 8, 7, 9).transpose(2, 4)  # not contiguous, an odd number of points
+    points = 4 + 4 * random(batch, 3, 5, 3, 7, seed=1)
+    results = []
+    threads = torch.get_num_threads()
+    for count in (1, 4):
+        torch.set_num_threads(count)
+        a, p = image.clone().requires_grad_(), points.clone().requires_grad_()
+        values = fields.sample(a, p, padding_mode=padding_mode)
+        values.square().sum().backward()
+        results.append((values.detach(), a.grad, p.grad))
+    torch.set_num_threads(threads)
+    for one, many in zip(*results, strict=True):
+        torch.testing.assert_close(one, many, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("padding_mode", ["border", "outside"])
+def test_resampling_by_an_affine_is_sampling_at_the_points_it_gives(padding_mode):
+    image = random(1, 2, 9, 7, 8)
+    to_image = matrix(rotation(20, -10, 40) * (1.1, 0.7, 0.9), (1.5, 0.3, 2))
+    points = torch.from_numpy(world(to_image, (6, 11, 5)))[None]
+    expected = fields.sample(image, points, padding_mode=padding_mode)
+    assert (expected == 0).any() == (padding_mode == "outside")
+    resampled = fields.resample(image, to_image, (6, 11, 5), padding_mode=padding_mode)
+    torch.testing.assert_close(resampled, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_the_three_paddings_differ_only_where_they_say():
     image = torch.ones(1, 1, 4, 4, 4)
     points = torch.tensor([-2.0, -0.75, -0.25, 0, 3, 3.25, 3.75, 5]).view(1, 1, 8, 1, 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from scripts.networks import SummedDDFNet, additive_upsampling
+from scripts.networks import ConvBN, SummedDDFNet, additive_upsampling
 
 ALL = (0, 1, 2, 3, 4)
 LOWER = (1, 2, 3, 4)
@@ -267,3 +267,39 @@ def test_the_summands_are_added_in_float32_when_the_network_runs_in_half_precisi
         ddf = net(x)
     assert {f.dtype for f in fields} == {ddf.dtype} == {torch.float32}
     torch.testing.assert_close(ddf, sum(fields))
+
+
+def test_the_folded_network_is_the_plain_one_in_value_and_gradient():
+    net, plain = trained(), trained()
+    x = image_pair(16, 32, 16).requires_grad_()
+    for conv_bn in [m for m in plain.modules() if isinstance(m, ConvBN)]:
+        conv_bn.train()  # runs the convolution, then the normalisation…
+        conv_bn.norm.eval()  # … by its running statistics
+    fields = [n(x) for n in (net, plain)]
+    torch.testing.assert_close(*fields, **CLOSE)
+    gradients = [
+        torch.autograd.grad(f.square().mean(), [x, *n.parameters()]) for f, n in zip(fields, (net, plain), strict=True)
+    ]
+    for folded, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(folded, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_checkpointing_changes_neither_field_nor_gradients_nor_running_statistics():
+    net, plain = trained(checkpointing=True).train(), trained().train()
+    x = image_pair(17, 20, 31, batch=2)
+    for _ in range(2):
+        fields = [n(x) for n in (net, plain)]
+        assert torch.equal(*fields)
+        for field in fields:
+            field.square().mean().backward()
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5 * q.grad.abs().max().item())
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in net.state_dict().items())
+
+
+def test_the_memory_layout_of_the_input_does_not_matter():
+    net, x = trained(), image_pair(17, 20, 31)
+    with torch.no_grad():
+        turned = net(x.transpose(2, 4).contiguous().transpose(2, 4))
+        last = net(x.contiguous(memory_format=torch.channels_last_3d))
+        assert torch.equal(net(x), turned) and torch.equal(net(x), last)

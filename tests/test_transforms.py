@@ -1,6 +1,5 @@
-"""From files to the network's input and back: the grid is ITK's, the label draw unbiased, bad input refused by name."""
+"""From files to the network's input and back: the grid is ITK's, bad input refused by name."""
 
-import json
 from pathlib import Path
 
 import nibabel as nib
@@ -8,20 +7,16 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from monai.bundle import ConfigParser
-from monai.data import DataLoader, Dataset, MetaTensor, pad_list_data_collate
-from scipy.stats import chisquare
+from monai.data import MetaTensor
 
-from scripts import transforms
 from scripts.checks import InputError
 from scripts.data import KEYS
 from scripts.fields import warp
 from scripts.metrics import dice
 from scripts.phantom import simulate_pair
-from scripts.transforms import DrawLabeld, KeepOriginalsd, LoadPaird, OntoFixedGridd, RandAffinePaird, ToOriginalGridd
+from scripts.transforms import KeepOriginalsd, LoadPaird, OntoFixedGridd, ToOriginalGridd
 
 LPS = np.diag([-1.0, -1, 1, 1])  # RAS <-> LPS
-TRAIN_CONFIG = Path(__file__).parents[1] / "configs" / "train.json"
 
 
 def rotation(axis, degrees):
@@ -297,156 +292,6 @@ def test_the_true_displacement_of_a_phantom_lays_its_labels_on_each_other():
     assert dice(back["warped_moving_label"][:1, None], fixed[:1, None]) > dice(
         result["moving_label"][:1, None], fixed[:1, None]
     )
-
-
-# ---- the two-stage draw
-
-
-def labelled(case, count, absent=()):
-    """A pair of `count` labels; label m is one voxel at (m, 0, 0) in both images, an absent one in one of them."""
-    label = torch.zeros(count, 6, 2, 2)
-    label[range(count), range(count), 0, 0] = 1
-    moving, fixed = label.clone(), label.clone()
-    for i, m in enumerate(absent):
-        (moving, fixed)[i % 2][m] = 0.4  # below one half: nothing is left of it
-    return {"case": case, "moving_label": moving, "fixed_label": fixed}
-
-
-def drawn(pairs, batches, seed):
-    """(case, label) of each draw: the sampler of configs/train.json, then DrawLabeld."""
-    draw = DrawLabeld().set_random_state(seed)
-    dataset = Dataset(pairs, draw)
-    config = json.loads(TRAIN_CONFIG.read_text())
-    parser = ConfigParser({"train": {"sampler": config["train"]["sampler"], "dataset": dataset}})
-    parser["batch_size"], parser["epoch_length"] = 4, batches
-    torch.manual_seed(seed)
-    loader = DataLoader(
-        dataset, batch_size=4, sampler=parser.get_parsed_content("train#sampler"), collate_fn=pad_list_data_collate
-    )
-    found = []
-    for batch in loader:
-        assert batch["moving_label"].shape == batch["fixed_label"].shape == (4, 1, 6, 2, 2)
-        assert torch.equal(batch["moving_label"], batch["fixed_label"])
-        labels = batch["fixed_label"][:, 0, :, 0, 0].argmax(1).tolist()
-        found += zip(batch["case"], labels, strict=True)
-    return found
-
-
-def p_value(found, pairs, probability):
-    """Of the null hypothesis that label m of pair k is drawn with `probability(k, m)`."""
-    cells = [(p["case"], m) for p in pairs for m in range(len(p["fixed_label"]))]
-    expected = [len(found) * probability(*cell) for cell in cells]
-    return chisquare([found.count(cell) for cell in cells], expected).pvalue
-
-
-def test_every_pair_is_equally_likely_and_then_every_label_of_it_whatever_their_number():
-    pairs = [labelled("one", 1), labelled("five", 5), labelled("three", 3)]
-    counts = {p["case"]: len(p["fixed_label"]) for p in pairs}
-    found = drawn(pairs, batches=1000, seed=0)
-    assert len(found) == 4000
-    assert p_value(found, pairs, lambda case, m: 1 / 3 / counts[case]) > 0.01
-    assert p_value(found, pairs, lambda case, m: 1 / 9) < 1e-50  # a draw over all labels would favour "five"
-
-
-def test_a_label_that_is_empty_in_either_image_is_never_drawn_and_the_others_stay_equally_likely():
-    pairs = [labelled("some", 6, absent=(1, 4)), labelled("first", 3, absent=(0,))]
-    found = drawn(pairs, batches=500, seed=1)
-    assert {c for c in found} == {("some", m) for m in (0, 2, 3, 5)} | {("first", m) for m in (1, 2)}
-    draws = [m for case, m in found if case == "some"]
-    assert chisquare([draws.count(m) for m in (0, 2, 3, 5)]).pvalue > 0.01
-
-
-def test_the_draw_can_be_seeded():
-    pairs = [labelled("five", 5), labelled("six", 6)]
-    assert drawn(pairs, 20, seed=3) == drawn(pairs, 20, seed=3)
-    assert drawn(pairs, 20, seed=3) != drawn(pairs, 20, seed=4)
-
-
-def test_a_pair_without_any_common_label_is_refused():
-    with pytest.raises(InputError, match="pair 7: no label is present in both images"):
-        DrawLabeld()(labelled("pair 7", 2, absent=(0, 1)))
-
-
-# ---- augmentation
-
-
-def test_the_corner_affine_stays_in_its_ranges_and_reaches_them():
-    rng = np.random.default_rng(0)
-    drawn = np.array([transforms.corner_affine(rng.random((4, 3)), 0.1) for _ in range(4000)])
-    eye = np.eye(3, dtype=bool)
-    for values, low, high in (
-        (drawn[:, :, :3][:, eye], 0.9, 1),
-        (drawn[:, :, :3][:, ~eye], -0.05, 0.05),
-        (drawn[:, :, 3], -0.1, 0.1),
-    ):
-        assert values.min() >= low - 1e-12 and values.max() <= high + 1e-12
-        assert values.min() < low + 0.15 * (high - low) and values.max() > high - 0.15 * (high - low)
-
-
-def test_the_corner_affine_is_the_identity_at_strength_zero_and_takes_the_corners_where_they_move():
-    uniform = np.random.default_rng(0).random((4, 3))
-    np.testing.assert_allclose(transforms.corner_affine(uniform, 0), np.eye(3, 4), atol=1e-12)
-    affine = transforms.corner_affine(uniform, 0.1)
-    corners = np.array([[-1, -1, -1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
-    inward = affine @ np.c_[corners, np.ones(4)].T
-    np.testing.assert_allclose(inward.T, corners - corners * 0.1 * uniform, atol=1e-12)
-
-
-def ramps(size=(14, 10, 18)):
-    """Images and labels whose values are their normalised coordinates in [-1, 1]: x for moving, z for fixed."""
-    axes = [(2 * torch.arange(n) + 1.0) / n - 1 for n in size]
-    x, y, z = torch.meshgrid(*axes, indexing="ij")
-    return torch.stack([x, y, z]), {
-        "image": torch.stack([x, z]),
-        "moving_label": torch.stack([x, y, z]),
-        "fixed_label": torch.stack([x, y, z]),
-    }
-
-
-def test_image_and_label_of_a_side_move_together_by_the_affine_in_centred_normalised_coordinates():
-    coordinates, data = ramps()
-    result = RandAffinePaird(0.1).set_random_state(5)(data)
-    uniform = np.random.RandomState(5)
-    inside = (slice(2, -2),) * 3  # away from the border, where a ramp is interpolated exactly
-    for channel, (key, axis) in enumerate((("moving_label", 0), ("fixed_label", 2))):
-        affine = torch.from_numpy(transforms.corner_affine(uniform.rand(4, 3), 0.1)).float()
-        expected = torch.einsum("ij,jxyz->ixyz", affine[:, :3], coordinates) + affine[:, 3].view(3, 1, 1, 1)
-        torch.testing.assert_close(
-            result[key][(slice(None), *inside)], expected[(slice(None), *inside)], rtol=1e-4, atol=1e-4
-        )
-        torch.testing.assert_close(result["image"][channel][inside], result[key][axis][inside], rtol=1e-4, atol=1e-4)
-
-
-def test_the_moving_and_the_fixed_side_move_independently_and_anew_each_time():
-    _, data = ramps()
-    augment = RandAffinePaird(0.1).set_random_state(0)
-    shifts = []
-    for _ in range(100):
-        result = augment(data)
-        shifts.append([result[key][:, 7, 5, 9].tolist() for key in ("moving_label", "fixed_label")])
-    moving, fixed = np.array(shifts).transpose(1, 2, 0)
-    assert all(len(np.unique(values)) == 100 for values in (*moving, *fixed))
-    assert np.abs(np.corrcoef(moving, fixed)[:3, 3:]).max() < 0.4
-
-
-def test_augmentation_can_be_seeded_and_switched_off_and_leaves_its_input_alone():
-    _, data = ramps()
-    before = {key: value.clone() for key, value in data.items()}
-    a, b, c = (RandAffinePaird(0.1).set_random_state(seed)(data) for seed in (0, 0, 1))
-    off = RandAffinePaird(0)(data)
-    for key in data:
-        assert torch.equal(a[key], b[key]) and not torch.equal(a[key], c[key])
-        assert torch.equal(off[key], before[key]) and torch.equal(data[key], before[key])
-
-
-def test_labels_fade_to_zero_outside_and_images_keep_their_border(monkeypatch):
-    data = {key: torch.ones(c, 12, 10, 8) for key, c in (("image", 2), ("moving_label", 1), ("fixed_label", 1))}
-    monkeypatch.setattr(transforms, "corner_affine", lambda *_: np.c_[np.eye(3), [0.5, 0, 0]])  # 3 of 12 voxels
-    result = RandAffinePaird(0.1)(data)
-    torch.testing.assert_close(result["image"], data["image"])
-    for key in ("moving_label", "fixed_label"):
-        torch.testing.assert_close(result[key][:, :9], torch.ones(1, 9, 10, 8))
-        assert result[key][:, 9:].abs().max() < 1e-4
 
 
 # ---- the files
