@@ -3,12 +3,16 @@
 Multiscale Dice is computed in closed form. With G the (linear) Gaussian filter of one scale, a the fixed and b the
 warped label, ``Σ (G a)(G b) = ⟨GᵀG a, b⟩`` and ``Σ G b = ⟨Gᵀ1, b⟩``: inner products of b with fields that do not depend
 on the network. It equals Eq. (5) exactly, zero padding and kernel truncation included, because G is just a matrix.
+
+The label losses and the bending energy compute their gradient along with their value, scale by scale: nothing but that
+gradient is kept for the backward pass. They can be differentiated once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +22,21 @@ from torch import Tensor, nn
 from scripts.fields import warp
 
 PAPER_SCALES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # mm, §3.2
+
+
+class _KnownGradient(torch.autograd.Function):
+    """Values (B,) of x (B, …) whose gradient, of the shape of x, was computed along with them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, gradient: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.to(gradient).view(-1, *[1] * (gradient.ndim - 1)), None, None
 
 
 @lru_cache(maxsize=512)
@@ -40,11 +59,38 @@ def gaussian_matrix(size: int, sigma: float) -> Tensor:
     return torch.from_numpy(matrix)
 
 
-def _filter(label: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """A separable linear map, one matrix per axis: (B, X, Y, Z) -> (B, X, Y, Z)."""
-    for axis, matrix in enumerate(matrices, start=1):
-        label = torch.tensordot(label, matrix, dims=([axis], [1])).movedim(-1, axis)
-    return label
+class Filters(NamedTuple):
+    """One scale's filter G on one grid: per axis, as matrices of the labels' dtype and device."""
+
+    sigma: float  # mm
+    g: list[Tensor]  # G, shape (n, n)
+    k: list[Tensor]  # GᵀG, shape (n, n), symmetric
+    weight: list[Tensor]  # Gᵀ1, shape (n,): the weight with which each voxel enters Σ G b
+
+
+@lru_cache(maxsize=512)
+def _matrices(size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """G, GᵀG and Gᵀ1 along one axis, rounded from float64 and kept."""
+    with torch.inference_mode(False):  # a tensor made in inference mode could not be used in training later
+        g = gaussian_matrix(size, sigma)
+        return tuple(m.to(device, dtype) for m in (g, g.T @ g, g.sum(0)))
+
+
+def _filters(scales: Sequence[float], label: Tensor, spacing: Sequence[float]) -> list[Filters]:
+    """The filters of all scales for a label (B, X, Y, Z) of voxel size `spacing` mm."""
+    found = []
+    for sigma in scales:
+        axes = zip(label.shape[1:], spacing, strict=True)
+        matrices = [_matrices(n, sigma / float(mm), label.dtype, label.device) for n, mm in axes]
+        found.append(Filters(sigma, *map(list, zip(*matrices, strict=True))))
+    return found
+
+
+def _apply(matrices: Sequence[Tensor], label: Tensor) -> Tensor:
+    """A separable linear map, one matrix per axis: (B, X, Y, Z) -> (B, X, Y, Z), three matrix products."""
+    x, y, z = matrices
+    label = y @ (label @ z.T)
+    return (x @ label.flatten(2)).view(label.shape)
 
 
 def _by_spacing(function, warped: Tensor, fixed: Tensor, spacing: Tensor) -> Tensor:
@@ -75,42 +121,57 @@ class MultiscaleDiceLoss(nn.Module):
         super().__init__()
         self.scales = tuple(float(s) for s in scales)
 
-    def forward(self, warped: Tensor, fixed: Tensor, spacing: Tensor) -> Tensor:
+    def forward(self, warped: Tensor, fixed: Tensor, spacing: Tensor, fields: Tensor | None = None) -> Tensor:
         """Mean over the batch.
 
         Args:
             warped, fixed: labels in [0, 1], shape (B, 1, X, Y, Z); `fixed` gets no gradient.
             spacing: voxel size in mm, shape (B, 3).
+            fields: what `fields` gives for `fixed`, where it is the same in many calls.
 
         Raises:
             ValueError: the shapes do not fit together.
         """
         _check_labels(warped, fixed, spacing)
+        if fields is not None:
+            if not bool((spacing == spacing[:1]).all()):
+                raise ValueError("known fields need one voxel size for the whole batch")
+            return 1 - self._dice(warped, fixed.detach(), spacing[0], fields).mean()
         return 1 - _by_spacing(self._dice, warped, fixed.detach(), spacing)
 
-    def _dice(self, warped: Tensor, fixed: Tensor, spacing: Tensor) -> Tensor:
+    @torch.no_grad()
+    def fields(self, fixed: Tensor, spacing: Sequence[float]) -> Tensor:
+        """The fields GᵀG a of a label (B, 1, X, Y, Z) of voxel size `spacing`: (scales, B, X, Y, Z)."""
+        return torch.stack([_apply(f.k, fixed[:, 0]) for f in _filters(self.scales, fixed[:, 0], spacing)])
+
+    @staticmethod
+    def _mass(label: Tensor, filters: Sequence[Filters]) -> Tensor:
+        """Σ G b of each scale: (B, scales), float64."""
+        x, y, z = (torch.stack([f.weight[axis] for f in filters], dim=1) for axis in range(3))
+        return ((label @ z * y).sum(2) * x).double().sum(1)
+
+    def _dice(self, warped: Tensor, fixed: Tensor, spacing: Tensor, known: Tensor | None = None) -> Tensor:
         """Mean over scales of the Dice: shape (B,), float64."""
-        size = fixed.shape[2:]
-        a, b = fixed[:, 0], warped[:, 0]
-        filters = [
-            [gaussian_matrix(n, s / float(mm)) for n, mm in zip(size, spacing, strict=True)] for s in self.scales
-        ]
         with torch.no_grad():
-            fields = [
-                a if scale == 0 else _filter(a, [(g.T @ g).to(a) for g in axes])
-                for scale, axes in zip(self.scales, filters, strict=True)
-            ]
-            fields = torch.stack(fields, dim=2).flatten(3)  # (B, X, scales, Y·Z)
-            # Gᵀ1 of each axis, shape (n, scales): the weight with which each voxel enters Σ G b
-            weights = [torch.stack([axes[i].sum(0) for axes in filters], dim=1).to(a) for i in range(3)]
-
-        def mass(label: Tensor) -> Tensor:
-            by_column = (label @ weights[2] * weights[1]).sum(2)  # (B, X, scales)
-            return (by_column * weights[0]).double().sum(1)
-
-        # one product per x-slab, then float64: summing 1e6 small products in float32 would lose digits
-        overlap = (fields @ b.flatten(2).unsqueeze(-1)).squeeze(-1).double().sum(1)
-        return (2 * overlap / (mass(a) + mass(b)).clamp_min(1e-6)).mean(1)
+            a, b = fixed[:, 0], warped.detach()[:, 0].contiguous()
+            filters = _filters(self.scales, a, spacing)
+            mass = (self._mass(a, filters) + self._mass(b, filters)).clamp_min(1e-6)
+            inner, gradient = [], torch.zeros_like(b) if warped.requires_grad else None
+            for i, scale in enumerate(filters):
+                field = known[i] if known is not None else a if scale.sigma == 0 else _apply(scale.k, a)
+                # a product per x-slab, then float64: summing 1e6 small products in float32 would lose digits
+                inner.append((field.flatten(2).unsqueeze(2) @ b.flatten(2).unsqueeze(3)).double().sum((1, 2, 3)))
+                if gradient is not None:  # of Σ (G a)(G b)
+                    gradient += field * (2 / mass[:, i]).to(a).view(-1, 1, 1, 1)
+            inner = torch.stack(inner, dim=1)
+            value = (2 * inner / mass).mean(1)
+            if gradient is not None:  # of Σ G b: a sum of products of one vector per axis
+                x, y, z = (torch.stack([f.weight[axis] for f in filters]) for axis in range(3))
+                yz = (y[:, :, None] * z[:, None]).flatten(1)
+                share = (2 * inner / mass**2 * (mass > 1e-6)).to(a)
+                gradient -= (torch.einsum("bs,sx->bxs", share, x) @ yz).view(gradient.shape)
+                gradient = (gradient / len(filters)).unsqueeze(1)
+        return value if gradient is None else _KnownGradient.apply(warped, value, gradient)
 
 
 class MultiscaleCrossEntropyLoss(nn.Module):
@@ -127,14 +188,44 @@ class MultiscaleCrossEntropyLoss(nn.Module):
         return _by_spacing(self._cross_entropy, warped, fixed.detach(), spacing)
 
     def _cross_entropy(self, warped: Tensor, fixed: Tensor, spacing: Tensor) -> Tensor:
-        total = torch.zeros(len(fixed), dtype=torch.float64, device=fixed.device)
-        for scale in self.scales:
-            axes = zip(fixed.shape[2:], spacing, strict=True)
-            matrices = [gaussian_matrix(n, scale / float(mm)).to(fixed) for n, mm in axes]
-            p, q = (_filter(label[:, 0], matrices).clamp(1e-6, 1 - 1e-6) for label in (fixed, warped))
-            terms = p * q.log() + (1 - p) * (1 - q).log()
-            total = total - terms.mean((2, 3)).double().mean(1)
-        return total / len(self.scales)
+        with torch.no_grad():
+            a, b = fixed[:, 0], warped.detach()[:, 0]
+            value, gradient = 0, torch.zeros_like(b) if warped.requires_grad else None
+            share = 1 / (len(self.scales) * b[0].numel())
+            for scale in _filters(self.scales, a, spacing):
+                p, smooth = (_apply(scale.g, label) for label in (a, b))
+                p, q = p.clamp_(1e-6, 1 - 1e-6), smooth.clamp(1e-6, 1 - 1e-6)
+                terms = p * q.log() + (1 - p) * (1 - q).log()
+                value = value - share * terms.sum((2, 3)).double().sum(1)
+                if gradient is not None:
+                    slope = ((1 - p) / (1 - q) - p / q) * (q == smooth)  # clipped: no slope
+                    gradient += _apply([g.T for g in scale.g], slope)
+            if gradient is not None:
+                gradient = (share * gradient).unsqueeze(1)
+        return value if gradient is None else _KnownGradient.apply(warped, value, gradient)
+
+
+def _second_differences() -> list[tuple[int, list[tuple[tuple[int, ...], float]]]]:
+    """Central differences applied twice, for each pair of axes: how often it counts, and its (offset, weight) terms."""
+    found = []
+    axes = np.eye(3, dtype=int)
+    for i in range(3):
+        for j in range(i, 3):
+            terms: dict[tuple[int, ...], float] = {}
+            for one in (1, -1):
+                for two in (1, -1):
+                    offset = tuple((one * axes[i] + two * axes[j]).tolist())
+                    terms[offset] = terms.get(offset, 0) + one * two / 4
+            found.append((1 if i == j else 2, list(terms.items())))
+    return found
+
+
+SECOND_DIFFERENCES = _second_differences()
+
+
+def _shifted(f: Tensor, offset: Sequence[int]) -> Tensor:
+    """View of f (B, C, X, Y, Z) at `offset` from each voxel that lies two or more from every face."""
+    return f[(..., *(slice(2 + o, n - 2 + o) for n, o in zip(f.shape[2:], offset, strict=True)))]
 
 
 class BendingEnergy(nn.Module):
@@ -162,18 +253,22 @@ class BendingEnergy(nn.Module):
         if self.compact is not None:
             return self.compact(ddf)
 
-        def difference(f: Tensor, axis: int) -> Tensor:  # all axes are cropped alike
-            crop = [slice(None)] * 2 + [slice(1, -1)] * 3
-            ahead, behind = list(crop), list(crop)
-            ahead[axis], behind[axis] = slice(2, None), slice(None, -2)
-            return (f[tuple(ahead)] - f[tuple(behind)]) / 2
-
-        energy = torch.zeros((), dtype=ddf.dtype, device=ddf.device)
-        for i in (2, 3, 4):
-            first = difference(ddf, i)
-            for j in range(i, 5):
-                energy = energy + (1 if i == j else 2) * difference(first, j).square().mean()
-        return energy
+        with torch.no_grad():
+            f = ddf.detach()
+            gradient = torch.zeros_like(f) if ddf.requires_grad else None
+            energy = torch.zeros(len(f), dtype=torch.float64, device=f.device)
+            share = 1 / (f[0].numel() / f[0, 0].numel() * np.prod([n - 4 for n in f.shape[2:]]))
+            for count, stencil in SECOND_DIFFERENCES:
+                (offset, weight), *others = stencil
+                second = _shifted(f, offset) * weight
+                for offset, weight in others:
+                    second.add_(_shifted(f, offset), alpha=weight)
+                energy += count * share * second.square().sum((3, 4)).double().sum((1, 2))
+                if gradient is not None:
+                    for offset, weight in stencil:
+                        _shifted(gradient, offset).add_(second, alpha=2 * count * share * weight)
+        energy = energy.to(ddf.dtype)
+        return (energy if gradient is None else _KnownGradient.apply(ddf, energy, gradient)).mean()
 
 
 class LabelDrivenLoss(nn.Module):

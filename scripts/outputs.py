@@ -184,5 +184,5 @@ class SaveRegistrations:
         for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
             item = {**batch, **output}
             folder = self.output_dir / item["case"] if self.case_folders else self.output_dir
-            save_registration(folder, item, self.provenance)
+            save_registration(folder, item, self.provenance | {"precision": engine.inferer.used})
             print(f"{item['case']}: {folder}")

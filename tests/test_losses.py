@@ -188,6 +188,27 @@ def test_labels_far_apart_still_attract_each_other():
     assert not single[0, 0, :20].any()  # the plain Dice is blind beyond the overlap
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_known_fields_give_the_same_loss_and_gradient(dtype, tolerance):
+    warped, fixed = labels(batch=2, dtype=dtype)
+    loss, spacing = MultiscaleDiceLoss(), torch.tensor([SPACINGS[1]] * 2, dtype=torch.float64)
+    fields = loss.fields(fixed, SPACINGS[1])
+    assert fields.shape == (len(PAPER_SCALES), 2, *SIZE)
+    found = value_and_gradient(loss, warped, fixed, spacing, fields)
+    assert_close(found, transcribed(dice_loss, warped, fixed, [SPACINGS[1]] * 2), tolerance)
+    with pytest.raises(ValueError, match="one voxel size"):
+        loss(warped, fixed, torch.tensor(SPACINGS), fields)
+
+
+@pytest.mark.parametrize("loss", [MultiscaleDiceLoss(), MultiscaleCrossEntropyLoss()])
+def test_filters_first_used_in_inference_mode_serve_training_later(loss):
+    warped, fixed = labels(size=(7, 11, 13))
+    with torch.inference_mode():
+        value = loss(warped, fixed, torch.full((1, 3), 0.77))
+    found, gradient = value_and_gradient(loss, warped, fixed, torch.full((1, 3), 0.77))
+    assert found == value and gradient.any()
+
+
 def test_the_fixed_label_gets_no_gradient():
     warped, fixed = labels()
     fixed.requires_grad_(), warped.requires_grad_()
@@ -293,6 +314,14 @@ def test_bending_energy_is_its_transcription_in_value_and_gradient(stencil):
     single, gradient = value_and_gradient(energy, torch.from_numpy(ddf).float())
     assert single.item() == pytest.approx(expected, rel=1e-5)
     np.testing.assert_allclose(gradient.numpy().ravel(), numeric, rtol=0, atol=1e-5 * np.abs(numeric).max())
+
+
+@pytest.mark.parametrize("stencil", BENDING)
+def test_bending_energy_of_any_memory_layout_is_the_same_in_value_and_gradient(stencil):
+    ddf = torch.randn(2, 7, 6, 9, 3, dtype=torch.float64).permute(0, 4, 3, 1, 2)  # not contiguous, odd sides
+    energy = BendingEnergy(stencil)
+    for a, b in zip(*(value_and_gradient(energy, x) for x in (ddf, ddf.contiguous())), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("stencil", BENDING)
