@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test bench lint clean
 
 demo: .venv/installed  ## phantoms, three minutes of training, a table and pictures in demo/
 	$(BIN)/python -m scripts demo --output_dir demo
@@ -9,8 +9,12 @@ demo: .venv/installed  ## phantoms, three minutes of training, a table and pictu
 test: .venv/installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -q tests
 
+bench: .venv/installed .venv-bench/installed  ## every comparison of docs/benchmarks.md, about an hour; leave the machine alone
+	for part in loss registration training classical growth; do .venv-bench/bin/python benchmarks/$$part.py || exit 1; done
+	$(BIN)/python benchmarks/startup.py
+
 lint: .venv/installed-test
-	$(BIN)/ruff check scripts tests && $(BIN)/ruff format --check scripts tests
+	$(BIN)/ruff check scripts tests benchmarks && $(BIN)/ruff format --check scripts tests benchmarks
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -20,6 +24,11 @@ lint: .venv/installed-test
 
 .venv/installed-test: .venv/installed requirements-test.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-test.txt
+	touch $@
+
+.venv-bench/installed: requirements-bench.txt
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --disable-pip-version-check -q -r requirements-bench.txt
 	touch $@
 
 clean:

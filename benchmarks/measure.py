@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -42,32 +43,47 @@ def clock(function: Callable[[], Any], device: torch.device | str = "cpu") -> fl
 
 
 def race(
-    sides: Mapping[str, Callable[[], Any]], device: torch.device | str = "cpu", budget: float = 60, most: int = 9
+    sides: Mapping[str, Callable[[], Any]], device: torch.device | str = "cpu", budget: float = 30, most: int = 9
 ) -> dict[str, dict[str, Any]]:
     """Time all sides in turn, after one warm-up each.
 
     Args:
         sides: name -> function.
         device: where they work.
-        budget: no new round is started after this many seconds; there is always one.
+        budget: no new round is started after this many seconds; a side whose warm-up took that long is not run again,
+            its warm-up is its time.
         most: rounds at most.
 
     Returns:
         name -> `seconds` (median), `fastest`, `slowest`, `rounds`.
     """
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for function in sides.values():
-        clock(function, device)
+    times = {name: [clock(function, device)] for name, function in sides.items()}
+    quick = [name for name, t in times.items() if t[0] < budget]
+    for name in quick:
+        times[name].clear()
     started = time.perf_counter()
-    while not all(times.values()) or (time.perf_counter() - started < budget and len(min(times.values())) < most):
-        for name, function in sides.items():
-            times[name].append(clock(function, device))
-        if len(next(iter(times.values()))) >= most:
+    for round_ in range(most):
+        if round_ and time.perf_counter() - started > budget:
             break
+        for name in quick:
+            times[name].append(clock(sides[name], device))
     return {
-        name: {"seconds": sorted(t)[len(t) // 2], "fastest": min(t), "slowest": max(t), "rounds": len(t)}
+        name: {"seconds": statistics.median(t), "fastest": min(t), "slowest": max(t), "rounds": len(t)}
         for name, t in times.items()
     }
+
+
+def compared(
+    what: Mapping[str, Any], timed: Mapping[str, Mapping[str, Any]], ours: str = "ours"
+) -> list[dict[str, Any]]:
+    """One row per other side of a race: what was run, our median seconds, theirs with its spread, and the ratio."""
+    return [
+        {**what, "ours": timed[ours]["seconds"], "against": name, "seconds": side["seconds"]}
+        | {"fastest": side["fastest"], "slowest": side["slowest"], "rounds": side["rounds"]}
+        | {"times faster": side["seconds"] / timed[ours]["seconds"]}
+        for name, side in timed.items()
+        if name != ours
+    ]
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device | str = "cpu") -> int:
@@ -127,31 +143,32 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(part: str, rows: list[dict[str, Any]]) -> None:
-    """Put a part's rows into results.json and its table into docs/benchmarks.md, between its two markers."""
+def record(part: str, rows: list[dict[str, Any]], more: Mapping[str, Any] | None = None) -> None:
+    """Put a part's rows, and more, into results.json, and its table into docs/benchmarks.md, between its markers."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[part] = {"machine": machine(), "rows": rows}
+    results[part] = {"machine": machine(), "rows": rows, **(more or {})}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    columns = list(dict.fromkeys(k for row in rows for k in row))
-    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    lines += ["| " + " | ".join(shown(row.get(c)) for c in columns) + " |" for row in rows]
     made = results[part]["machine"]
     where = f"{made['processor']}, {made['threads']} threads, {made['vector_unit']}, GPU: {made['gpu'] or 'none'}"
-    lines += ["", f"{where}, torch {made['torch']}, commit {made['commit']}."]
-    table = "\n".join(lines)
-    print(table)
+    text = f"{table(rows)}\n\n{where}, torch {made['torch']}, commit {made['commit']}."
+    print(text)
     start, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
     page = PAGE.read_text() if PAGE.exists() else ""
     if start not in page:
         page += f"\n{start}\n{end}\n"
     head, _, rest = page.partition(start)
-    PAGE.write_text(f"{head}{start}\n{table}\n{end}{rest.partition(end)[2]}")
+    PAGE.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; the columns are all their keys."""
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    return "\n".join(lines + ["| " + " | ".join(shown(row.get(c)) for c in columns) + " |" for row in rows])
 
 
 def shown(value: Any) -> str:
     """A cell: three significant digits, nothing for what was not measured."""
-    if value is None:
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}" if isinstance(
-        value, float
-    ) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "" if value is None else str(value)

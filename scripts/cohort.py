@@ -93,11 +93,10 @@ class CohortLoader:
             pair[side] = {"to_volume": from_grid(data, f"{side}_image")}
             pair[side]["image"] = data[f"{side}_image"].as_tensor().to(self.device)
             label = data[f"{side}_label"].as_tensor().to(self.device)
-            on_grid = (
-                fields.resample(m[None, None].float(), pair[side]["to_volume"], pair["size"], padding_mode="outside")
-                for m in label
+            on_grid = fields.resample(
+                label[None].float(), pair[side]["to_volume"], pair["size"], padding_mode="outside"
             )
-            present.append([bool((m >= 0.5).any()) for m in on_grid])
+            present.append((on_grid[0] >= 0.5).flatten(1).any(1).tolist())
             pair[side]["label"] = label.to(torch.uint8)
         pair["drawable"] = np.flatnonzero(np.all(present, axis=0))
         if not len(pair["drawable"]):
@@ -131,15 +130,13 @@ class CohortLoader:
                 affine[:3] = torch.from_numpy(corner_affine(self.random.random((4, 3)), self.augmentation))
             moved = torch.linalg.inv(to_normalised) @ affine @ to_normalised @ from_padded
             kept = pair[side]
-            for key, volume, padding in (
-                ("image", kept["image"], "border"),
-                ("label", kept["label"][m : m + 1].to(kept["image"].dtype), "outside"),
-            ):
-                sampled = fields.resample(volume[None], kept["to_volume"] @ moved, size, padding_mode=padding)
-                if tuple(size) != own:
-                    inside = (..., *(slice(a, a + n) for a, n in zip(low, own, strict=True)))
-                    padded = torch.zeros_like(sampled)
-                    padded[inside] = sampled[inside]
-                    sampled = padded
-                volumes[f"{side}_{key}"] = sampled
+            volume = torch.cat([kept["image"], kept["label"][m : m + 1].to(kept["image"].dtype)])[None]
+            to_volume = kept["to_volume"] @ moved
+            sampled = fields.resample(volume, to_volume, size, padding_mode=("border", "outside"))
+            if tuple(size) != own:
+                inside = (..., *(slice(a, a + n) for a, n in zip(low, own, strict=True)))
+                padded = torch.zeros_like(sampled)
+                padded[inside] = sampled[inside]
+                sampled = padded
+            volumes[f"{side}_image"], volumes[f"{side}_label"] = sampled.split(1, dim=1)
         return volumes

@@ -37,12 +37,14 @@ def _grid_sample(image: Tensor, grid: Tensor, mode: str, padding_mode: str) -> T
     return torch.cat(sampled).view(image.shape[0], image.shape[1], *grid.shape[1:4])
 
 
-def _sample(image: Tensor, grid: Tensor, mode: str, padding_mode: str) -> Tensor:
+def _sample(image: Tensor, grid: Tensor, mode: str, padding_mode: str | Sequence[str]) -> Tensor:
     """`sample` at points in grid_sample's coordinates, (B, X', Y', Z', 3): z, y, x in [-1, 1] between outer faces."""
     grid = grid.to(image.dtype)
-    if padding_mode != "outside":
+    if padding_mode in ("zeros", "border"):
         return _grid_sample(image, grid, mode, padding_mode)
-    return _grid_sample(image, grid, mode, "border") * (grid.abs() <= 1).all(-1).unsqueeze(1)
+    modes = [padding_mode] * image.shape[1] if isinstance(padding_mode, str) else padding_mode
+    border = torch.tensor([m == "border" for m in modes], device=image.device).view(1, -1, 1, 1, 1)
+    return _grid_sample(image, grid, mode, "border") * (border | (grid.abs() <= 1).all(-1).unsqueeze(1))
 
 
 def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:
@@ -64,7 +66,11 @@ def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: 
 
 
 def resample(
-    image: Tensor, to_image: Tensor, size: Sequence[int], mode: str = "bilinear", padding_mode: str = "border"
+    image: Tensor,
+    to_image: Tensor,
+    size: Sequence[int],
+    mode: str = "bilinear",
+    padding_mode: str | Sequence[str] = "border",
 ) -> Tensor:
     """An image on another grid, in one interpolation.
 
@@ -72,7 +78,7 @@ def resample(
         image: shape (1, C, X, Y, Z).
         to_image: voxel of the other grid -> voxel of `image`, shape (4, 4).
         size: voxels of the other grid.
-        mode, padding_mode: as in `sample`.
+        mode, padding_mode: as in `sample`; or one of "border" and "outside" for each channel.
 
     Returns:
         Shape (1, C, *size).
