@@ -303,3 +303,14 @@ def test_the_memory_layout_of_the_input_does_not_matter():
         turned = net(x.transpose(2, 4).contiguous().transpose(2, 4))
         last = net(x.contiguous(memory_format=torch.channels_last_3d))
         assert torch.equal(net(x), turned) and torch.equal(net(x), last)
+
+
+@pytest.mark.parametrize("export", [lambda net: net, torch.jit.script])
+def test_at_inference_no_normalisation_is_left_and_features_are_channels_last(export):
+    net, x = export(trained()), image_pair(17, 20, 31)
+    with torch.no_grad(), torch.profiler.profile(record_shapes=True) as profile:
+        net(x)
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::convolution" in names and not [name for name in names if "batch_norm" in name]
+    features = (export(trained()).features)(x[:, :, :16, :16, :16].contiguous(memory_format=torch.channels_last_3d))
+    assert all(f.is_contiguous(memory_format=torch.channels_last_3d) for f in features)
