@@ -52,7 +52,13 @@ def files(size: tuple[int, ...], folder: Path, pairs: int) -> list[dict]:
     """A cohort of phantoms whose fixed images have `size` voxels of 0.8 mm."""
     room = tuple(n + 8 for n in size)
     write_cohort(
-        folder, pairs, seed=0, fixed_shape=size, fixed_spacing=0.8, moving_shape=room, moving_spacing=(0.8,) * 3
+        folder,
+        pairs,
+        split=(1, 0, 0),
+        fixed_shape=size,
+        fixed_spacing=0.8,
+        moving_shape=room,
+        moving_spacing=0.8,
     )
     return datalist(str(folder), "train")
 

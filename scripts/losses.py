@@ -157,20 +157,21 @@ class MultiscaleDiceLoss(nn.Module):
             filters = _filters(self.scales, a, spacing)
             mass = (self._mass(a, filters) + self._mass(b, filters)).clamp_min(1e-6)
             inner, gradient = [], torch.zeros_like(b) if warped.requires_grad else None
+            slope = (2 / mass / len(filters)).to(a)  # of the value with respect to Σ (G a)(G b)
             for i, scale in enumerate(filters):
                 field = known[i] if known is not None else a if scale.sigma == 0 else _apply(scale.k, a)
                 # a product per x-slab, then float64: summing 1e6 small products in float32 would lose digits
                 inner.append((field.flatten(2).unsqueeze(2) @ b.flatten(2).unsqueeze(3)).double().sum((1, 2, 3)))
-                if gradient is not None:  # of Σ (G a)(G b)
-                    gradient += field * (2 / mass[:, i]).to(a).view(-1, 1, 1, 1)
+                if gradient is not None:
+                    gradient.addcmul_(field, slope[:, i].view(-1, 1, 1, 1))
             inner = torch.stack(inner, dim=1)
             value = (2 * inner / mass).mean(1)
-            if gradient is not None:  # of Σ G b: a sum of products of one vector per axis
+            if gradient is not None:  # minus that of Σ G b: a sum of products of one vector per axis
                 x, y, z = (torch.stack([f.weight[axis] for f in filters]) for axis in range(3))
-                yz = (y[:, :, None] * z[:, None]).flatten(1)
-                share = (2 * inner / mass**2 * (mass > 1e-6)).to(a)
-                gradient -= (torch.einsum("bs,sx->bxs", share, x) @ yz).view(gradient.shape)
-                gradient = (gradient / len(filters)).unsqueeze(1)
+                yz = (y[:, :, None] * z[:, None]).flatten(1).expand(len(b), -1, -1)
+                share = (2 * inner / mass**2 * (mass > 1e-6) / len(filters)).to(a)
+                gradient.flatten(2).baddbmm_(torch.einsum("bs,sx->bxs", share, x), yz, alpha=-1)
+                gradient = gradient.unsqueeze(1)
         return value if gradient is None else _KnownGradient.apply(warped, value, gradient)
 
 
