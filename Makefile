@@ -7,7 +7,7 @@ demo: .venv/installed  ## phantoms, three minutes of training, a table and pictu
 	$(BIN)/python -m scripts demo --output_dir demo
 
 test: .venv/installed-test  ## the whole test suite
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n auto --dist loadfile tests
 
 bench: .venv/installed .venv-bench/installed  ## every comparison of docs/benchmarks.md, about an hour; leave the machine alone
 	for part in loss registration training classical growth; do .venv-bench/bin/python benchmarks/$$part.py || exit 1; done

@@ -115,7 +115,10 @@ def draw(rows: list[dict], path: Path) -> None:
     for panel, unit in zip(axes.flat, ("seconds", "seconds", "peak memory in GB", "peak memory in GB"), strict=True):
         panel.set_ylabel(unit)
         panel.legend(fontsize=8)
-        panel.grid(alpha=0.3, which="both")
+        panel.grid(alpha=0.3)
+    for panel in axes[:, 1]:
+        panel.set_xticks(CHANNELS, [str(n) for n in CHANNELS])
+        panel.minorticks_off()
     axes[1, 0].set_xlabel("voxels (n0 = 32, batch 1)")
     axes[1, 1].set_xlabel("channels n0 (48³ voxels, batch 1)")
     figure.savefig(path, dpi=110)

@@ -14,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = {"initial_channels": 4, "spacing": 4.0}
 QUICK = TINY | {"iterations": 2, "epoch_length": 2, "val_interval": 1, "batch_size": 2}
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core of its own, and so have the processes it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 def flags(settings: dict) -> list[str]:
