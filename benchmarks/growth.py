@@ -19,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from matplotlib.ticker import NullLocator  # noqa: E402
 
 from benchmarks.measure import ROOT, devices, peak_memory, race, record  # noqa: E402
 from scripts.fields import warp  # noqa: E402
@@ -118,7 +119,7 @@ def draw(rows: list[dict], path: Path) -> None:
         panel.grid(alpha=0.3)
     for panel in axes[:, 1]:
         panel.set_xticks(CHANNELS, [str(n) for n in CHANNELS])
-        panel.minorticks_off()
+        panel.xaxis.set_minor_locator(NullLocator())
     axes[1, 0].set_xlabel("voxels (n0 = 32, batch 1)")
     axes[1, 1].set_xlabel("channels n0 (48³ voxels, batch 1)")
     figure.savefig(path, dpi=110)
