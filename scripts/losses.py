@@ -86,11 +86,21 @@ def _filters(scales: Sequence[float], label: Tensor, spacing: Sequence[float]) -
     return found
 
 
-def _apply(matrices: Sequence[Tensor], label: Tensor) -> Tensor:
-    """A separable linear map, one matrix per axis: (B, X, Y, Z) -> (B, X, Y, Z), three matrix products."""
+def _apply(matrices: Sequence[Tensor], label: Tensor, room: Sequence[Tensor] | None = None) -> Tensor:
+    """A separable linear map, one matrix per axis: (B, X, Y, Z) -> (B, X, Y, Z), three matrix products.
+
+    Args:
+        room: two tensors like `label`; the result lies in the first and both are overwritten. A filter needs 10 to 50
+            megabytes, which cost as much to get from the system, page by page, as the products themselves.
+    """
     x, y, z = matrices
-    label = y @ (label @ z.T)
-    return (x @ label.flatten(2)).view(label.shape)
+    batch, nx, ny, nz = label.shape
+    first, second = room or (torch.empty_like(label), torch.empty_like(label))
+    torch.mm(label.reshape(-1, nz), z.T, out=first.view(-1, nz))
+    planes = batch * nx
+    torch.bmm(y.expand(planes, -1, -1), first.view(planes, ny, nz), out=second.view(planes, ny, nz))
+    torch.bmm(x.expand(batch, -1, -1), second.flatten(2), out=first.flatten(2))
+    return first
 
 
 def _by_spacing(function, warped: Tensor, fixed: Tensor, spacing: Tensor) -> Tensor:
@@ -142,7 +152,8 @@ class MultiscaleDiceLoss(nn.Module):
     @torch.no_grad()
     def fields(self, fixed: Tensor, spacing: Sequence[float]) -> Tensor:
         """The fields GᵀG a of a label (B, 1, X, Y, Z) of voxel size `spacing`: (scales, B, X, Y, Z)."""
-        return torch.stack([_apply(f.k, fixed[:, 0]) for f in _filters(self.scales, fixed[:, 0], spacing)])
+        a = fixed[:, 0].contiguous()
+        return torch.stack([_apply(f.k, a) for f in _filters(self.scales, a, spacing)])
 
     @staticmethod
     def _mass(label: Tensor, filters: Sequence[Filters]) -> Tensor:
@@ -153,15 +164,16 @@ class MultiscaleDiceLoss(nn.Module):
     def _dice(self, warped: Tensor, fixed: Tensor, spacing: Tensor, known: Tensor | None = None) -> Tensor:
         """Mean over scales of the Dice: shape (B,), float64."""
         with torch.no_grad():
-            a, b = fixed[:, 0], warped.detach()[:, 0].contiguous()
+            a, b = fixed[:, 0].contiguous(), warped.detach()[:, 0].contiguous()
             filters = _filters(self.scales, a, spacing)
+            room = torch.empty_like(a), torch.empty_like(a)
             mass = (self._mass(a, filters) + self._mass(b, filters)).clamp_min(1e-6)
             inner, gradient = [], torch.zeros_like(b) if warped.requires_grad else None
             slope = (2 / mass / len(filters)).to(a)  # of the value with respect to Σ (G a)(G b)
             for i, scale in enumerate(filters):
-                field = known[i] if known is not None else a if scale.sigma == 0 else _apply(scale.k, a)
-                # a product per x-slab, then float64: summing 1e6 small products in float32 would lose digits
-                inner.append((field.flatten(2).unsqueeze(2) @ b.flatten(2).unsqueeze(3)).double().sum((1, 2, 3)))
+                field = known[i] if known is not None else a if scale.sigma == 0 else _apply(scale.k, a, room)
+                # each x-slab, then float64: summing 1e6 small products in float32 would lose digits
+                inner.append(torch.mul(field, b, out=room[1]).sum((2, 3)).double().sum(1))
                 if gradient is not None:
                     gradient.addcmul_(field, slope[:, i].view(-1, 1, 1, 1))
             inner = torch.stack(inner, dim=1)
@@ -190,17 +202,23 @@ class MultiscaleCrossEntropyLoss(nn.Module):
 
     def _cross_entropy(self, warped: Tensor, fixed: Tensor, spacing: Tensor) -> Tensor:
         with torch.no_grad():
-            a, b = fixed[:, 0], warped.detach()[:, 0]
+            a, b = fixed[:, 0].contiguous(), warped.detach()[:, 0].contiguous()
             value, gradient = 0, torch.zeros_like(b) if warped.requires_grad else None
-            share = 1 / (len(self.scales) * b[0].numel())
+            share, one = 1 / (len(self.scales) * b[0].numel()), torch.ones((), dtype=a.dtype, device=a.device)
+            rooms = [torch.empty_like(a) for _ in range(4)]
             for scale in _filters(self.scales, a, spacing):
-                p, smooth = (_apply(scale.g, label) for label in (a, b))
-                p, q = p.clamp_(1e-6, 1 - 1e-6), smooth.clamp(1e-6, 1 - 1e-6)
-                terms = p * q.log() + (1 - p) * (1 - q).log()
+                p = _apply(scale.g, a, rooms[:2]).clamp_(1e-6, 1 - 1e-6)
+                smooth = _apply(scale.g, b, rooms[2:])
+                q = torch.clamp(smooth, 1e-6, 1 - 1e-6, out=rooms[1])
+                clipped = q != smooth
+                log_q, log_rest = torch.log(q, out=smooth), torch.log1p(-q, out=rooms[3])
+                # p log q + (1 − p) log(1 − q)
+                terms = torch.addcmul(log_rest, p, log_q.sub_(log_rest), out=log_q)
                 value = value - share * terms.sum((2, 3)).double().sum(1)
-                if gradient is not None:
-                    slope = ((1 - p) / (1 - q) - p / q) * (q == smooth)  # clipped: no slope
-                    gradient += _apply([g.T for g in scale.g], slope)
+                if gradient is not None:  # (1 − p)/(1 − q) − p/q = (q − p) / (q (1 − q)); none where q is clipped
+                    slope = torch.sub(q, p, out=rooms[2]).div_(torch.sub(one, q, out=rooms[3]).mul_(q))
+                    slope.masked_fill_(clipped, 0)
+                    gradient += _apply([g.T for g in scale.g], slope, (rooms[0], rooms[3]))
             if gradient is not None:
                 gradient = (share * gradient).unsqueeze(1)
         return value if gradient is None else _KnownGradient.apply(warped, value, gradient)
