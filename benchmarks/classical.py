@@ -132,7 +132,7 @@ def rows(scale: float, budget: float, folder: str) -> list[dict[str, Any]]:
     """One row per tool; `budget` in seconds for the rounds on the CPU, after a warm-up. ANTs writes to `folder`."""
     moving, fixed, moving_label, fixed_label, spacing = phantom_pair(scale)
     torch.manual_seed(0)
-    network = SummedDDFNet(initial_channels=32).eval().to(memory_format=torch.channels_last_3d)
+    network = SummedDDFNet(initial_channels=32).eval()
     tools = {
         "elastix B-spline": elastix_sides(moving, fixed, spacing),
         "ANTs SyN": ants_sides(moving, fixed, spacing, folder),

@@ -42,7 +42,7 @@ def loss_of(side: int, channels: int, device: torch.device) -> Callable:
 def registration_of(side: int, channels: int, device: torch.device) -> Callable:
     """Network, DDF and warped image of one pair."""
     image = torch.rand(1, 2, side, side, side, device=device)
-    net = SummedDDFNet(channels).to(device, memory_format=torch.channels_last_3d).eval()
+    net = SummedDDFNet(channels).to(device).eval()
 
     @torch.inference_mode()
     def run() -> None:
@@ -55,7 +55,7 @@ def step_of(side: int, channels: int, device: torch.device) -> Callable:
     """Network, objective, backward and Adam for one pair."""
     image = torch.rand(1, 2, side, side, side, device=device)
     labels = {k: torch.rand(1, 1, side, side, side, device=device) for k in ("moving_label", "fixed_label")}
-    net = SummedDDFNet(channels).to(device, memory_format=torch.channels_last_3d)
+    net = SummedDDFNet(channels).to(device)
     objective = LabelDrivenLoss(MultiscaleDiceLoss(), BendingEnergy())
     adam = torch.optim.Adam(net.parameters(), 1e-5)
 

@@ -47,8 +47,10 @@ def network(channels: int) -> SummedDDFNet:
 
 
 def unfolded(net: SummedDDFNet) -> SummedDDFNet:
-    """The same weights, batch normalisation as a step of its own."""
+    """The same weights in the default layout, batch normalisation as a step of its own."""
     plain = SummedDDFNet(net.down[0].conv.conv.out_channels).eval()
+    for p in plain.parameters():
+        p.data = p.data.contiguous()
     plain.load_state_dict(net.state_dict())
     for module in plain.modules():
         if isinstance(module, ConvBN):
@@ -102,7 +104,7 @@ def measure(device: torch.device, channels: int) -> list[dict]:
     moving, fixed = torch.rand(1, 1, *MOVING, device=device), torch.rand(1, 1, *FIXED, device=device)
     to_moving = torch.eye(4, dtype=torch.float64)
     to_moving[:3, 3] = (torch.tensor(MOVING) - torch.tensor(FIXED)) / 2  # centre on centre
-    net = network(channels).to(device, memory_format=torch.channels_last_3d)
+    net = network(channels).to(device)
     local = LocalNet(3, 2, channels, (0, 1, 2, 3, 4), out_kernel_initializer="zeros").to(device).eval()
     with FlopCounterMode(display=False) as counter:
         net(torch.cat([fixed, fixed], dim=1))

@@ -67,7 +67,7 @@ def our_step(pairs: list[dict], device: torch.device, precision: str, channels: 
     """(batches, step) of this bundle."""
     read = [LoadPaird(), NormalizeIntensityd(["moving_image", "fixed_image"]), PlanFixedGridd(0.8)]
     loader = CohortLoader(Dataset(pairs, Compose(read)), BATCH, 10**6, device)
-    net = SummedDDFNet(channels, **options).to(device, memory_format=torch.channels_last_3d)
+    net = SummedDDFNet(channels, **options).to(device)
     loss = LabelDrivenLoss(MultiscaleDiceLoss([0.8 * s for s in SCALES]), BendingEnergy())
     adam = torch.optim.Adam(net.parameters(), 1e-5)
     inferer = PrecisionInferer(precision)

@@ -186,6 +186,8 @@ class SummedDDFNet(nn.Module):
             if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
                 nn.init.xavier_uniform_(module.weight)
         self.summands = nn.ModuleList(Summand(n[k], k) for k in sorted(summands, reverse=True))
+        if initial_channels >= 16:  # with fewer channels the default layout is faster on a CPU
+            self.to(memory_format=torch.channels_last_3d)  # the features follow the weights
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Feature maps of levels 4, 3, … down to the lowest summand; `image` (B, 2, X, Y, Z), sides multiples of 16."""
@@ -224,7 +226,7 @@ class SummedDDFNet(nn.Module):
         low = [px // 2, py // 2, pz // 2]
         # zero is the mean of a normalised image
         image = F.pad(image, [low[2], pz - low[2], low[1], py - low[1], low[0], px - low[0]])
-        features = self.features(image.contiguous(memory_format=torch.channels_last_3d))
+        features = self.features(image)
         fields: list[Tensor] = []
         for summand in self.summands:
             field = F.interpolate(summand(features), size=image.shape[2:], mode="trilinear", align_corners=False)

@@ -28,7 +28,7 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """`python -m …` in another process, from folder `cwd`; the bundle's own folder is on no path unless it is `cwd`."""
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300
     )
 
 
