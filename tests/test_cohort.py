@@ -32,7 +32,7 @@ def drawn(pairs, batches, seed):
     found = []
     for batch in CohortLoader(pairs, 4, batches, "cpu", augmentation=0, seed=seed):
         assert batch["moving_label"].shape == batch["fixed_label"].shape == (4, 1, 6, 2, 2)
-        torch.testing.assert_close(batch["moving_label"], batch["fixed_label"])
+        assert torch.equal(batch["moving_label"], batch["fixed_label"])
         labels = batch["fixed_label"][:, 0, :, 0, 0].argmax(1).tolist()
         found += zip(batch["case"], labels, strict=True)
     return found
@@ -47,15 +47,15 @@ def p_value(found, counts, probability):
 
 def test_every_pair_is_equally_likely_and_then_every_label_of_it_whatever_their_number():
     counts = {"one": 1, "five": 5, "three": 3}
-    found = drawn([labelled(case, count) for case, count in counts.items()], batches=500, seed=0)
-    assert len(found) == 2000
+    found = drawn([labelled(case, count) for case, count in counts.items()], batches=1000, seed=0)
+    assert len(found) == 4000
     assert p_value(found, counts, lambda case, m: 1 / 3 / counts[case]) > 0.01
-    assert p_value(found, counts, lambda case, m: 1 / 9) < 1e-30  # a draw over all labels would favour "five"
+    assert p_value(found, counts, lambda case, m: 1 / 9) < 1e-50  # a draw over all labels would favour "five"
 
 
 def test_a_label_that_is_empty_in_either_image_is_never_drawn_and_the_others_stay_equally_likely():
     pairs = [labelled("some", 6, absent=(1, 4)), labelled("first", 3, absent=(0,))]
-    found = drawn(pairs, batches=300, seed=1)
+    found = drawn(pairs, batches=500, seed=1)
     assert {c for c in found} == {("some", m) for m in (0, 2, 3, 5)} | {("first", m) for m in (1, 2)}
     draws = [m for case, m in found if case == "some"]
     assert chisquare([draws.count(m) for m in (0, 2, 3, 5)]).pvalue > 0.01
@@ -155,6 +155,15 @@ def test_the_moving_and_the_fixed_side_move_independently_and_anew_each_time():
     moving, fixed = np.array(shifts).T
     assert len(np.unique(moving)) == len(np.unique(fixed)) == 100
     assert abs(np.corrcoef(moving, fixed)[0, 1]) < 0.3
+
+
+def test_augmentation_can_be_seeded_and_leaves_the_cohort_alone():
+    pair = PlanFixedGridd(1.1)(oblique("pair", 3))
+    before = {k: pair[k].clone() for k in ("moving_image", "fixed_image", "moving_label", "fixed_label")}
+    a, b, c = (next(iter(CohortLoader([pair], 1, 1, "cpu", augmentation=0.1, seed=seed))) for seed in (0, 0, 1))
+    for key in ("image", "moving_label", "fixed_label"):
+        assert torch.equal(a[key], b[key]) and not torch.equal(a[key], c[key])
+    assert all(torch.equal(pair[key], value) for key, value in before.items())
 
 
 # ---- label-reg's affine
