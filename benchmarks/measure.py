@@ -148,7 +148,7 @@ def machine() -> dict[str, Any]:
 
 def record(part: str, rows: list[dict[str, Any]], more: Mapping[str, Any] | None = None) -> None:
     """Put a part's rows, and more, into results.json, and its table into docs/benchmarks.md, between its markers."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     results[part] = {"machine": machine(), "rows": rows, **(more or {})}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     made = results[part]["machine"]
@@ -156,11 +156,11 @@ def record(part: str, rows: list[dict[str, Any]], more: Mapping[str, Any] | None
     text = f"{table(rows)}\n\n{where}, torch {made['torch']}, commit {made['commit']}."
     print(text)
     start, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
-    page = PAGE.read_text() if PAGE.exists() else ""
+    page = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     if start not in page:
         page += f"\n{start}\n{end}\n"
     head, _, rest = page.partition(start)
-    PAGE.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+    PAGE.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -71,7 +71,7 @@ def _pairs_in_folder(folder: Path, labels: bool) -> list[dict[str, str]]:
 def _pairs_in_json(path: Path, labels: bool) -> dict[str, list[dict[str, str]]]:
     """Split -> pairs of a MONAI datalist JSON; relative paths are relative to the file."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a readable JSON file: {error}") from error
     splits = {}

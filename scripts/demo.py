@@ -38,14 +38,14 @@ def run_demo(folder: Path, iterations: int | None) -> None:
     shared |= {"ckpt_path": str(train / "model.pt")}
     run_config("evaluate.json", overlay, **shared, output_dir=str(registered))
     run_config("inference.json", overlay, **shared, output_dir=str(registered))
-    with (registered / "cases.csv").open() as file:
+    with (registered / "cases.csv").open(encoding="utf-8") as file:
         rows = [
             {k: v if k in ("case", "patient") else float(v) for k, v in row.items()} for row in csv.DictReader(file)
         ]
     middle = sorted(rows, key=lambda row: row["tre_mm"])[len(rows) // 2]
     shutil.copy(registered / middle["case"] / "overview.png", folder / "overview.png")
     table = format_table(rows)
-    (folder / "table.txt").write_text(table + "\n")
+    (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
     print(f"\nHeld-out phantoms, before (volume centres aligned) → after\n\n{table}\n")
     print(f"Look at {folder / 'overview.png'} (the case of median TRE) and {folder / 'loss.png'};")
     print(f"warped images and fields are in {registered}. Research use only.")

@@ -162,7 +162,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     """Write rows that share their keys as a CSV file, through a temporary file in the same folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)

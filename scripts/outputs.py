@@ -149,7 +149,7 @@ def save_registration(folder: Path, item: Mapping[str, Any], provenance: Mapping
         save_overview(partial / "overview.png", item, before, moved, record)
         known = {k: item[k] for k in ("case", "moving_file", "fixed_file")}
         record = {"notice": NOTICE} | known | record | dict(provenance)
-        (partial / "qa.json").write_text(json.dumps(record, indent=2) + "\n")
+        (partial / "qa.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         for path in partial.iterdir():
             path.replace(folder / path.name)
     finally:

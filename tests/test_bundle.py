@@ -2,6 +2,7 @@
 
 import csv
 import json
+import locale
 import math
 import shutil
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import QUICK, ROOT, TINY, flags, run
-from monai.bundle import ConfigWorkflow, create_workflow, load
+from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow, load
 
 CONFIGS = ROOT / "configs"
 OVERLAYS = sorted(p.name for p in CONFIGS.glob("*.yaml"))
@@ -80,6 +81,17 @@ def test_each_overlay_trains_two_steps(name, cohort, tmp_path):
     workflow.run()
     assert workflow.trainer.state.iteration == 2
     assert math.isfinite(workflow.trainer.state.output[0]["loss"])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.[jy]*")), ids=lambda p: p.name)
+def test_each_config_is_read_where_text_is_ascii(path):
+    # MONAI opens configs in the locale's encoding, and reading or writing DICOM can leave a process in the C locale
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        locale.setlocale(locale.LC_ALL, "C")
+        assert ConfigParser.load_config_file(str(path))
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.mark.parametrize(("config", "kind"), [("train.json", "train"), ("inference.json", "infer")])
