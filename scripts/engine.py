@@ -92,7 +92,8 @@ class PrecisionInferer(SimpleInferer):
             return self.precision == "bfloat16"
         if self.precision == "auto" and not computes_bfloat16(inputs.device):
             return False
-        weights = (id(network), sum(p._version for p in network.parameters()))
+        # tensors made in inference mode count no versions
+        weights = (id(network), sum(0 if p.is_inference() else p._version for p in network.parameters()))
         if self._checked[0] != weights:
             self._checked = (weights, self._agrees(inputs, network))
         return self._checked[1]

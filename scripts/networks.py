@@ -74,6 +74,37 @@ def additive_upsampling(x: Tensor) -> Tensor:
     return F.interpolate(first + second, scale_factor=2.0, mode="trilinear", align_corners=False)
 
 
+def max_pool(x: Tensor) -> Tensor:
+    """Largest of each 2³ voxels, in the precision of `x`: autocast on a CPU would go through float32 and back."""
+    if torch.jit.is_scripting():
+        return F.max_pool3d(x, 2)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.max_pool3d(x, 2)
+
+
+def resize_and_crop(field: Tensor, size: list[int], low: list[int], kept: list[int]) -> Tensor:
+    """Trilinear resize (half-pixel) of a field, of which only a part is computed: one matrix product per axis.
+
+    Args:
+        field: shape (B, C, x, y, z).
+        size: what x, y, z are resized to.
+        low, kept: the part's first voxel and its size, along each axis.
+
+    Returns:
+        Shape (B, C, *kept).
+    """
+    for axis in range(3):
+        n = field.shape[2 + axis]
+        if n == size[axis]:
+            field = field.narrow(2 + axis, low[axis], kept[axis])
+            continue
+        unit = torch.eye(n, dtype=field.dtype, device=field.device).unsqueeze(0)
+        matrix = F.interpolate(unit, size=size[axis], mode="linear", align_corners=False)[0]
+        matrix = matrix[:, low[axis] : low[axis] + kept[axis]]
+        field = torch.matmul(field.movedim(2 + axis, -1), matrix).movedim(-1, 2 + axis)
+    return field
+
+
 class ResidualUnit(nn.Module):
     """conv-BN-ReLU, conv-BN, plus the shortcut, ReLU (Fig. 4)."""
 
@@ -97,7 +128,7 @@ class DownBlock(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         skip = F.relu(self.conv(x), inplace=True)
-        return F.max_pool3d(self.residual(skip, skip), 2), skip
+        return max_pool(self.residual(skip, skip)), skip
 
 
 class UpBlock(nn.Module):
@@ -121,8 +152,8 @@ class UpBlock(nn.Module):
 
 
 class Summand(nn.Module):
-    """Displacement summand δ_k (§2.3): conv 3 with bias, zero-initialised; its field at its own resolution, voxels of
-    the full grid."""
+    """Displacement summand δ_k (§2.3): conv 3 with bias, zero-initialised, then the trilinear resize; voxels of the
+    full grid."""
 
     def __init__(self, channels: int, level: int) -> None:
         super().__init__()
@@ -131,12 +162,14 @@ class Summand(nn.Module):
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
         self.index = LEVELS - level  # of its feature map; TorchScript reads attributes, not globals
 
-    def forward(self, features: list[Tensor]) -> Tensor:
+    def forward(self, features: list[Tensor], size: list[int], low: list[int], kept: list[int]) -> Tensor:
+        """Arguments as in `resize_and_crop`."""
+        x = features[self.index]
         # in float32, also under autocast: half precision resolves a displacement of 10 voxels only to 0.06
         if torch.jit.is_scripting():
-            return self.conv(features[self.index].float())
-        with torch.autocast(features[self.index].device.type, enabled=False):
-            return self.conv(features[self.index].float())
+            return resize_and_crop(self.conv(x.float()), size, low, kept)
+        with torch.autocast(x.device.type, enabled=False):
+            return resize_and_crop(self.conv(x.float()), size, low, kept)
 
 
 class SummedDDFNet(nn.Module):
@@ -220,17 +253,16 @@ class SummedDDFNet(nn.Module):
 
     def displacement_summands(self, image: Tensor) -> list[Tensor]:
         """The fields δ_k before their sum, deepest level first: each (B, 3, X, Y, Z), voxels of the input grid."""
-        size = image.shape[2:]
-        unit = self.unit
-        px, py, pz = (-size[0]) % unit, (-size[1]) % unit, (-size[2]) % unit
-        low = [px // 2, py // 2, pz // 2]
-        # zero is the mean of a normalised image
-        image = F.pad(image, [low[2], pz - low[2], low[1], py - low[1], low[0], px - low[0]])
+        size, unit = list(image.shape[2:]), self.unit
+        padding = [(-n) % unit for n in size]
+        low = [p // 2 for p in padding]
+        sides = [low[2], padding[2] - low[2], low[1], padding[1] - low[1], low[0], padding[0] - low[0]]
+        image = F.pad(image, sides)  # zero is the mean of a normalised image
+        padded = list(image.shape[2:])
         features = self.features(image)
         fields: list[Tensor] = []
         for summand in self.summands:
-            field = F.interpolate(summand(features), size=image.shape[2:], mode="trilinear", align_corners=False)
-            fields.append(field[:, :, low[0] : low[0] + size[0], low[1] : low[1] + size[1], low[2] : low[2] + size[2]])
+            fields.append(summand(features, padded, low, size))
         return fields
 
     def forward(self, image: Tensor) -> Tensor:

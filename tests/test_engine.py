@@ -98,3 +98,11 @@ def test_training_is_in_float32_unless_asked_and_on_a_cpu_always(hardware):
 def test_an_unknown_precision_is_refused():
     with pytest.raises(InputError, match="precision is 'half'"):
         PrecisionInferer("half")
+
+
+@torch.inference_mode()
+def test_a_network_made_in_inference_mode_is_checked_too(hardware):
+    net, x = network(), pair(16, 16, 16)
+    inferer = PrecisionInferer("auto")
+    inferer(x, net)
+    assert inferer.used == "bfloat16"
