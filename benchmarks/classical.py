@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import measure  # noqa: E402
 from scripts import fields, metrics  # noqa: E402
+from scripts.cohort import as_loaded  # noqa: E402
 from scripts.networks import SummedDDFNet  # noqa: E402
 from scripts.phantom import simulate_pair  # noqa: E402
 from scripts.transforms import OntoFixedGridd  # noqa: E402
@@ -37,13 +37,9 @@ def phantom_pair(scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     """
     fixed, moving = ([round(n * scale) for n in size] for size in ((81, 118, 88), (120, 128, 128)))
     spacing = SPACING / scale
-    pair = simulate_pair(np.random.default_rng(0), fixed, spacing, moving, spacing)
-    data = {}
-    for side in ("moving", "fixed"):
-        affine = torch.from_numpy(getattr(pair, f"{side}_affine"))
-        label = getattr(pair, f"{side}_label")[..., 0].astype(np.float32)
-        data[f"{side}_image"] = MetaTensor(torch.from_numpy(getattr(pair, f"{side}_image"))[None], affine=affine)
-        data[f"{side}_label"] = MetaTensor(torch.from_numpy(label)[None], affine=affine)
+    data = as_loaded(simulate_pair(np.random.default_rng(0), fixed, spacing, moving, spacing))
+    for key in ("moving_label", "fixed_label"):
+        data[key] = data[key][:1]
     data = OntoFixedGridd(spacing, "centre")(data)
     moving_image, fixed_image = torch.as_tensor(data["image"])[:, None, None]
     labels = (torch.as_tensor(data[f"{side}_label"])[None] for side in ("moving", "fixed"))
