@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register a pair, simulate a cohort, run the demonstration.
+"""`python -m scripts VERB`: register a pair, simulate a cohort, reconstruct a sweep, run the demonstration.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -35,8 +35,8 @@ def register(
         moving: the MR, a NIfTI, MetaImage or NRRD file, or a folder with one DICOM series.
         fixed: the TRUS volume, likewise.
         output_dir: where to write; made if it does not exist.
-        start: "centre" (the volumes' centres coincide), "header" (world coordinates as they are), or a linear ITK
-            transform file that maps fixed to moving points.
+        start: "centre" (the volumes' centres coincide), "header" (world coordinates as they are), "learned" (the
+            glands found in the two images coincide), or a linear ITK transform file that maps fixed to moving points.
         moving_labels: label file of the moving image, warped as well.
         fixed_labels: label file of the fixed image; with moving_labels, DSC and TRE are reported.
         overlay: a config with the settings the weights were trained with, for example configs/real_pairs_cpu.yaml.
@@ -45,10 +45,10 @@ def register(
     pair = {"moving_image": moving, "fixed_image": fixed, "moving_label": moving_labels, "fixed_label": fixed_labels}
     # absolute paths: a config value that starts with $, @ or % would be evaluated, a path that starts with / is not
     pair = {k: str(Path(str(v)).resolve()) for k, v in pair.items() if v is not None}
-    if start not in ("centre", "header"):
+    if start not in ("centre", "header", "learned"):
         start = str(Path(str(start)).resolve())
-    if "ckpt_path" in settings:
-        settings["ckpt_path"] = str(Path(str(settings["ckpt_path"])).resolve())
+    for name in {"ckpt_path", "start_path"} & set(settings):
+        settings[name] = str(Path(str(settings[name])).resolve())
     from scripts.data import case_name
 
     pair |= {"case": case_name(fixed), "patient": case_name(fixed)}
@@ -63,7 +63,9 @@ def register(
     )
 
 
-def phantom(output_dir: str, patients: int = 20, seed: int = 0) -> None:
+def phantom(
+    output_dir: str, patients: int = 20, seed: int = 0, mode: str = "realistic", pairs_per_patient: int = 1
+) -> None:
     """Simulate a cohort of MR-TRUS pairs with labels and the true displacement.
 
     Example:
@@ -71,16 +73,55 @@ def phantom(output_dir: str, patients: int = 20, seed: int = 0) -> None:
 
     Args:
         output_dir: a folder that is empty or does not exist; gets train, val and test sub-folders.
-        patients: number of pairs, one per patient.
+        patients: how many.
         seed: the same seed gives the same cohort.
+        mode: "realistic", or "randomised": any contrast, noise and field of view, to pretrain on.
+        pairs_per_patient: the most pairs of a patient; above 1 the files are called patient000000_1.nii.gz.
     """
     from scripts.checks import InputError
     from scripts.phantom import write_cohort
 
     try:
-        write_cohort(output_dir, patients=patients, seed=seed)
+        write_cohort(output_dir, patients, seed, mode=mode, pairs_per_patient=pairs_per_patient)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def sweep(
+    frames: str,
+    output: str,
+    axis_offset: float,
+    angles: str | None = None,
+    pixel_spacing: list[float] | None = None,
+    spacing: float | list[float] = 0.8,
+    max_gap: float = 5.0,
+    probe: str = "top",
+    superior: str = "right",
+) -> None:
+    """Make a Cartesian TRUS volume of the frames of a rotational sweep. Research use only.
+
+    Example:
+        python -m scripts sweep --frames sweep.dcm --angles angles.csv --axis_offset 10 --output trus.nii.gz
+
+    Writes trus.nii.gz, RAS mm from the probe's axis, and trus_inside.nii.gz, the mask of what the sweep covers.
+
+    Args:
+        frames: a DICOM multi-frame file, a NIfTI, MetaImage or NRRD stack (column, row, frame), a .npy (frame, row,
+            column), or a folder of PNG files; rows go away from the probe, columns along its axis.
+        output: the volume's name, ending in .nii.gz.
+        axis_offset: distance in mm from the probe's axis to the first row.
+        angles: CSV with the column angle_deg, and frame if its rows are out of order; 0 is straight anterior, positive
+            to the patient's right. The default is angles.csv beside the frames.
+        pixel_spacing: '[depth,axial]' in mm; the default is the file's, if it has one.
+        spacing: voxel size in mm, one number or '[x,y,z]'.
+        max_gap: largest gap between two frames that is bridged, in degrees; a wider one is left outside.
+        probe: where the frames show the probe, "top" or "bottom".
+        superior: which side of the frames is superior, "right" or "left".
+    """
+    from scripts.sweep import convert
+
+    angles = None if angles is None else str(angles)
+    convert(str(frames), str(output), axis_offset, angles, pixel_spacing, spacing, max_gap, probe, superior)
 
 
 def demo(output_dir: str = "demo", iterations: int | None = None) -> None:
@@ -127,7 +168,8 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):  # Fire calls a bare --help of a verb with required arguments an error
         arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
     try:
-        fire.Fire({"register": register, "phantom": phantom, "demo": demo}, arguments, name="python -m scripts")
+        verbs = {"register": register, "phantom": phantom, "sweep": sweep, "demo": demo}
+        fire.Fire(verbs, arguments, name="python -m scripts")
     except Exception as error:
         refused = refusal(error)
         if refused is None:

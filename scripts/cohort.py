@@ -6,20 +6,117 @@ them with the start alignment into one affine map per volume, and interpolates e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
+from monai.networks.layers import GaussianFilter
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from scripts import fields
 from scripts.checks import InputError
+from scripts.phantom import MODES, PhantomPair, simulate_pair
+from scripts.start import SIDE, close_up, cube_affine, frame, on_cube, standardised
 from scripts.transforms import from_grid
 
 SIDES = ("moving", "fixed")
+
+
+def as_loaded(phantom: PhantomPair) -> dict[str, Any]:
+    """A phantom's images and labels as `scripts.transforms.LoadPaird` leaves those of files."""
+    pair = {}
+    for side in SIDES:
+        affine = torch.as_tensor(getattr(phantom, f"{side}_affine"))
+        image, label = getattr(phantom, f"{side}_image"), getattr(phantom, f"{side}_label")
+        pair[f"{side}_image"] = MetaTensor(image[None], affine=affine)
+        pair[f"{side}_label"] = MetaTensor(label.movedim(-1, 0).float(), affine=affine)
+    return pair
+
+
+class SimulatedPairs(Dataset):
+    """New phantoms without end, as `scripts.transforms.LoadPaird` leaves a pair: item k is drawn from (seed, k) alone.
+
+    Fields of view and voxel sizes vary as those of clinical scans do; some 40 to 60 voxels along the longest edge.
+
+    Args:
+        mode: see `scripts.phantom.simulate_pair`; or "mixed", either of its modes with equal chance.
+        seed: of all pairs.
+        device: where they are made and left.
+        transform: applied to each pair.
+    """
+
+    def __init__(
+        self,
+        mode: str = "randomised",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        transform: Callable[[dict], dict] | None = None,
+    ) -> None:
+        self.mode, self.seed, self.device, self.transform = mode, seed, device, transform
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        random = np.random.default_rng([self.seed, index])
+        trus, mr = random.uniform((80, 60, 55), (115, 95, 85)), random.uniform((90, 90, 70), (170, 150, 115))  # mm
+        voxels = [edges.max() / random.uniform(40, 60) for edges in (trus, mr)]
+        shapes = [np.ceil(e / v).astype(int).tolist() for e, v in zip((trus, mr), voxels, strict=True)]
+        mode = MODES[random.integers(len(MODES))] if self.mode == "mixed" else self.mode
+        made = simulate_pair(random, shapes[0], voxels[0], shapes[1], voxels[1], mode, device=self.device)
+        pair = as_loaded(made) | {"case": f"phantom{index}", "simulated": True}
+        return self.transform(pair) if self.transform else pair
+
+
+class Pool:
+    """Pairs to draw from: a cohort that is read once, and simulated pairs, one of which is replaced at each renewal.
+
+    Args:
+        dataset: the cohort; may be empty where pairs are simulated.
+        simulated: makes a new pair for each index, without end; None to draw from the cohort alone.
+        share: of the draws that are simulated pairs.
+        size: simulated pairs kept at a time.
+        keep: what to keep of a pair.
+        num_workers: processes that read the cohort.
+
+    Raises:
+        InputError: nothing to draw from.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        simulated: Dataset | None,
+        share: float,
+        size: int,
+        keep: Callable[[Mapping[str, Any]], dict[str, Any]],
+        num_workers: int = 0,
+    ) -> None:
+        read = DataLoader(dataset, batch_size=None, num_workers=num_workers) if len(dataset) else []
+        self.pairs = [keep(pair) for pair in tqdm(read, desc="Reading", unit="pair", disable=len(dataset) < 2)]
+        self.simulated, self.keep, self.share = simulated, keep, share if self.pairs else 1.0
+        count = range(size if simulated is not None and self.share > 0 else 0)
+        self.phantoms = [keep(simulated[i]) for i in tqdm(count, desc="Simulating", unit="pair", disable=not count)]
+        self.made = len(self.phantoms)
+        if not self.pairs and not self.phantoms:
+            raise InputError("no pair to train on")
+
+    def draw(self, random: np.random.Generator) -> dict[str, Any]:
+        """One pair, each of its kind equally likely."""
+        simulated = self.phantoms and (self.share >= 1 or random.random() < self.share)
+        among = self.phantoms if simulated else self.pairs
+        return among[random.integers(len(among))]
+
+    def renew(self) -> None:
+        """Replace the oldest simulated pair by a new one."""
+        if self.phantoms:
+            self.phantoms[self.made % len(self.phantoms)] = self.keep(self.simulated[self.made])
+            self.made += 1
 
 
 def corner_affine(uniform: np.ndarray, strength: float) -> np.ndarray:
@@ -46,7 +143,8 @@ class CohortLoader:
     independently, an image and its label alike (§3.2). Images keep their border beyond their field of view, labels are
     zero there. Where the working grids of a batch differ in size, the smaller ones lie in the middle, padded by zeros.
 
-    A batch is a dictionary: `image` (B, 2, X, Y, Z), channel 0 moving, 1 fixed; `moving_label` and `fixed_label`
+    A batch is a dictionary: `image` (B, 2, X, Y, Z), channel 0 moving, 1 fixed, and where `scripts.start.FindGlandsd`
+    found glands those as channels 2 and 3; `moving_label` and `fixed_label`
     (B, 1, X, Y, Z), all on the device; `spacing` (B, 3) in mm, on the CPU; `case`, a list.
 
     Args:
@@ -57,6 +155,7 @@ class CohortLoader:
         augmentation: the strength of `corner_affine`; 0 switches it off.
         seed: of the draws.
         num_workers: processes that read the files.
+        simulated, share, pool: see `Pool`; a simulated pair is replaced at each batch.
 
     Raises:
         InputError: no pair, or a pair without a label that can be drawn.
@@ -71,16 +170,16 @@ class CohortLoader:
         augmentation: float = 0.1,
         seed: int = 0,
         num_workers: int = 0,
+        simulated: Dataset | None = None,
+        share: float = 0.0,
+        pool: int = 32,
     ) -> None:
         self.batch_size = batch_size
         self.epoch_length = epoch_length
         self.device = torch.device(device)
         self.augmentation = augmentation
         self.random = np.random.default_rng(seed)
-        read = DataLoader(dataset, batch_size=None, num_workers=num_workers)
-        self.pairs = [self._keep(pair) for pair in tqdm(read, desc="Reading", unit="pair", disable=len(dataset) < 2)]
-        if not self.pairs:
-            raise InputError("no pair to train on")
+        self.pool = Pool(dataset, simulated, share, pool, self._keep, num_workers)
 
     def __len__(self) -> int:
         return self.epoch_length
@@ -91,7 +190,13 @@ class CohortLoader:
         present = []
         for side in SIDES:
             pair[side] = {"to_volume": from_grid(data, f"{side}_image")}
-            pair[side]["image"] = data[f"{side}_image"].as_tensor().to(self.device)
+            image, gland = data[f"{side}_image"], data.get(f"{side}_gland")
+            if gland is not None:  # on the image's own grid, so that one interpolation serves both
+                to_gland = torch.linalg.inv(gland.affine.double()) @ image.affine.double()
+                volume = gland.as_tensor()[None].float()
+                found = fields.resample(volume, to_gland, image.shape[1:], padding_mode="outside")
+                image = torch.cat([image.as_tensor(), found[0].to(image)])
+            pair[side]["image"] = torch.as_tensor(image).to(self.device)
             label = data[f"{side}_label"].as_tensor().to(self.device)
             on_grid = fields.resample(
                 label[None].float(), pair[side]["to_volume"], pair["size"], padding_mode="outside"
@@ -105,19 +210,22 @@ class CohortLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for _ in range(self.epoch_length):
-            pairs = [self.pairs[i] for i in self.random.integers(len(self.pairs), size=self.batch_size)]
+            pairs = [self.pool.draw(self.random) for _ in range(self.batch_size)]
+            self.pool.renew()
             size = tuple(max(pair["size"][axis] for pair in pairs) for axis in range(3))
             drawn = [self._draw(pair, size) for pair in pairs]
             batch = {key: torch.cat([volumes[key] for volumes in drawn]) for key in drawn[0]}
+            moving, fixed = batch.pop("moving_image"), batch.pop("fixed_image")
             yield {
-                "image": torch.cat([batch.pop("moving_image"), batch.pop("fixed_image")], dim=1),
+                # moving, fixed, and the same of their glands
+                "image": torch.stack([moving, fixed], dim=2).flatten(1, 2),
                 **batch,
                 "spacing": torch.stack([pair["spacing"] for pair in pairs]),
                 "case": [pair["case"] for pair in pairs],
             }
 
     def _draw(self, pair: Mapping[str, Any], size: Sequence[int]) -> dict[str, Tensor]:
-        """Both images of a pair and one of its labels on a grid of `size`, each (1, 1, *size)."""
+        """Both images of a pair, with their glands, and one of its labels on a grid of `size`, each (1, C, *size)."""
         m = int(self.random.choice(pair["drawable"]))
         own = pair["size"]
         low = [(n - k) // 2 for n, k in zip(size, own, strict=True)]
@@ -132,11 +240,113 @@ class CohortLoader:
             kept = pair[side]
             volume = torch.cat([kept["image"], kept["label"][m : m + 1].to(kept["image"].dtype)])[None]
             to_volume = kept["to_volume"] @ moved
-            sampled = fields.resample(volume, to_volume, size, padding_mode=("border", "outside"))
+            padding = ["border"] + ["outside"] * (volume.shape[1] - 1)
+            sampled = fields.resample(volume, to_volume, size, padding_mode=padding)
             if tuple(size) != own:
                 inside = (..., *(slice(a, a + n) for a, n in zip(low, own, strict=True)))
                 padded = torch.zeros_like(sampled)
                 padded[inside] = sampled[inside]
                 sampled = padded
-            volumes[f"{side}_image"], volumes[f"{side}_label"] = sampled.split(1, dim=1)
+            volumes[f"{side}_image"], volumes[f"{side}_label"] = sampled[:, :-1], sampled[:, -1:]
         return volumes
+
+
+class GlandLoader:
+    """Batches for the network of the learned start: cubes of single volumes, MR and TRUS in equal numbers.
+
+    Every second cube is the whole volume, the others are close to the gland, as the first and the second look see it,
+    and each lies at random: moved, turned, stretched, mirrored left to right, nearer or farther. Every second simulated
+    volume is turned by a quarter about the long axis: public data sets have headers whose first axis is
+    called left-right but runs front to back. Grey levels are bent, blurred and made noisy.
+
+    A batch is a dictionary: `image` and `label` (B, 1, SIDE, SIDE, SIDE), on the device.
+
+    Args:
+        dataset: pairs as `scripts.transforms.LoadPaird` leaves them; label 0 is the gland.
+        batch_size: volumes of a batch.
+        epoch_length: batches of a pass.
+        device: where the cohort lives and the batches are made.
+        augmentation: scale of all the above; 1 is the default, 0 switches it off.
+        seed: of the draws.
+        num_workers: processes that read the files.
+        left_right: which of the cohort's axes, in the order nearest to RAS, runs from left to right: 0 where headers
+            tell the truth, 1 in label-reg's public sample.
+        simulated, share, pool: see `Pool`; a simulated pair is replaced at each batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        epoch_length: int,
+        device: torch.device | str,
+        augmentation: float = 1.0,
+        seed: int = 0,
+        num_workers: int = 0,
+        left_right: int = 0,
+        simulated: Dataset | None = None,
+        share: float = 0.0,
+        pool: int = 32,
+    ) -> None:
+        self.batch_size, self.epoch_length = batch_size, epoch_length
+        self.device, self.augmentation, self.left_right = torch.device(device), augmentation, left_right
+        self.random = np.random.default_rng(seed)
+        self.noise = torch.Generator(self.device).manual_seed(seed)
+        self.pool = Pool(dataset, simulated, share, pool, self._keep, num_workers)
+
+    def __len__(self) -> int:
+        return self.epoch_length
+
+    def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        pair = {"simulated": data.get("simulated", False)}
+        for side in SIDES:
+            image = data[f"{side}_image"].as_tensor().to(self.device)
+            gland = data[f"{side}_label"][:1].as_tensor().to(image)
+            if not gland.any():
+                raise InputError(f"{data['case']}: label 0, the gland, is empty in the {side} image")
+            volumes = torch.cat([image - image.min(), gland])  # nothing is darker than what is outside
+            pair[side] = MetaTensor(volumes, affine=data[f"{side}_image"].affine)
+            pair[f"{side}_close"] = close_up(data[f"{side}_label"][:1])
+        return pair
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for _ in range(self.epoch_length):
+            cubes = [self._draw(SIDES[i % 2]) for i in range(self.batch_size)]
+            self.pool.renew()
+            image, label = torch.cat(cubes).split(1, dim=1)
+            yield {"image": standardised(self._bend(image)), "label": label}
+
+    def _draw(self, side: str) -> Tensor:
+        """A volume and its gland on a random cube, (1, 2, SIDE, SIDE, SIDE)."""
+        pair, strength = self.pool.draw(self.random), self.augmentation
+        centre, axes, length = frame(pair[side])
+        near = strength and self.random.random() < 0.5  # as the second look sees it
+        if near:
+            centre, length = pair[f"{side}_close"]
+        turn = Rotation.from_rotvec(self.random.normal(0, 6 * strength, 3), degrees=True)
+        if strength and pair["simulated"] and self.random.random() < 0.5:
+            turn = turn * Rotation.from_rotvec([0, 0, -90], degrees=True)  # first axis: towards the rectum
+        stretch = np.exp(self.random.normal(0, 0.08 * strength, 3))
+        if strength and self.random.random() < 0.5:
+            stretch[0 if pair["simulated"] else self.left_right] *= -1
+        axes = axes @ torch.from_numpy(np.diag(stretch) @ turn.as_matrix())
+        shift = torch.from_numpy(self.random.uniform(-0.1, 0.1, 3) * strength * length)
+        nearer = np.exp(self.random.uniform(-0.25 if near else -0.35, 0.2) * strength)
+        return on_cube(pair[side], cube_affine(centre + shift, axes, length * nearer))
+
+    def _bend(self, image: Tensor) -> Tensor:
+        """Random gamma, slope across the cube, blur and noise of each cube (B, 1, SIDE, SIDE, SIDE), ≥ 0."""
+        if not self.augmentation:
+            return image
+        bent = []
+        for cube in image / image.amax((1, 2, 3, 4), keepdim=True).clamp_min(1e-6):
+            cube = cube[None] ** float(np.exp(self.random.normal(0, 0.3 * self.augmentation)))
+            slope = torch.from_numpy(self.random.normal(0, 0.3 * self.augmentation, 3)).to(cube)
+            where = torch.linspace(-1, 1, SIDE, device=cube.device)
+            exponent = slope[0] * where[:, None, None] + slope[1] * where[:, None] + slope[2] * where
+            cube = cube * exponent.exp()
+            if self.random.random() < 0.3:
+                cube = GaussianFilter(3, float(self.random.uniform(0.4, 1.0))).to(cube.device)(cube)
+            level = self.random.uniform(0, 0.06) * self.augmentation
+            bent.append(cube + level * torch.randn(cube.shape, generator=self.noise, device=cube.device))
+        return torch.cat(bent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from scripts.checks import InputError
+from scripts.checks import InputError, check_weights
 
 
 def prepare_batch(
@@ -127,6 +128,26 @@ class TrainingProgress:
         self.bar.update(engine.state.iteration - self.bar.n)  # a resumed run starts further on
 
 
+class CosineDecay:
+    """Let the learning rate fall to zero along half a cosine over all iterations of a run, resumed or not.
+
+    Args:
+        optimizer: its groups keep their initial rates as the highest.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.highest = [group["lr"] for group in optimizer.param_groups]
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_STARTED, self._set)
+
+    def _set(self, engine: Engine) -> None:
+        done = (engine.state.iteration - 1) / (engine.state.max_epochs * engine.state.epoch_length)
+        for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
+            group["lr"] = highest * (1 + math.cos(math.pi * done)) / 2
+
+
 class SaveWeights:
     """Write the network's weights, plain tensors, when a run has completed.
 
@@ -150,6 +171,16 @@ class SaveWeights:
         partial = self.path.with_name(f".{self.path.name}.partial")
         torch.save({k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}, partial)
         partial.replace(self.path)
+
+
+def load_weights(path: str | None, network: nn.Module) -> None:
+    """Put the weights of a file into a network, to fine-tune them; None leaves it as it is.
+
+    Raises:
+        InputError: see `scripts.checks.check_weights`.
+    """
+    if path is not None:
+        network.load_state_dict(torch.load(check_weights(path, network), map_location="cpu", weights_only=True))
 
 
 class ResumeLatest:

@@ -184,6 +184,7 @@ class SummedDDFNet(nn.Module):
         additive: trilinear additive up-sampling in the decoder; False is the paper's ablation.
         skip_in_shortcut_only: label-reg's code adds the skip only to the shortcut of the decoder's residual unit,
             Fig. 4 adds it before the unit (the default).
+        in_channels: 2, the moving and the fixed image; 4 with the glands found in them.
         checkpointing: in training keep only what enters each block and compute the rest again in the backward pass:
             less memory, about a third more time, the same gradients.
 
@@ -202,6 +203,7 @@ class SummedDDFNet(nn.Module):
         additive: bool = True,
         skip_in_shortcut_only: bool = False,
         checkpointing: bool = False,
+        in_channels: int = 2,
     ) -> None:
         super().__init__()
         if not summands or len(set(summands)) != len(summands) or not set(summands) <= set(range(LEVELS + 1)):
@@ -209,7 +211,8 @@ class SummedDDFNet(nn.Module):
         self.checkpointing = checkpointing
         self.unit = 2**LEVELS  # the network's inner sizes are multiples of this
         n = [initial_channels * 2**k for k in range(LEVELS + 1)]
-        self.down = nn.ModuleList(DownBlock(n[k - 1] if k else 2, n[k], kernel=3 if k else 7) for k in range(LEVELS))
+        into = [in_channels, *n]
+        self.down = nn.ModuleList(DownBlock(into[k], n[k], kernel=3 if k else 7) for k in range(LEVELS))
         self.deep = conv_bn(n[LEVELS - 1], n[LEVELS])
         lowest = min(summands)  # decoder levels that no summand needs are not built
         self.up = nn.ModuleList(
@@ -269,7 +272,8 @@ class SummedDDFNet(nn.Module):
         """DDF of an image pair.
 
         Args:
-            image: shape (B, 2, X, Y, Z): channel 0 the moving, channel 1 the fixed image, on the fixed grid.
+            image: shape (B, 2, X, Y, Z): channel 0 the moving, channel 1 the fixed image, on the fixed grid; with
+                four `in_channels` also the moving and the fixed gland.
 
         Returns:
             Shape (B, 3, X, Y, Z), voxels of that grid.
@@ -280,3 +284,10 @@ class SummedDDFNet(nn.Module):
         for field in fields[1:]:
             ddf = ddf + field
         return ddf
+
+
+class NoField(nn.Module):
+    """A network that leaves a pair as the start alignment put it: (B, C, X, Y, Z) -> zeros (B, 3, X, Y, Z)."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.zeros_like(image[:, :1], dtype=torch.float32).repeat(1, 3, 1, 1, 1)

@@ -156,26 +156,36 @@ def save_registration(folder: Path, item: Mapping[str, Any], provenance: Mapping
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def sha256(path: str) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 class SaveRegistrations:
     """Ignite handler that writes each registered case, see `save_registration`.
 
     Args:
         output_dir: one folder per case is made in it.
-        weights: the weights file, for its SHA-256 in the QA record.
+        weights: the weights file, for its SHA-256 in the QA record; None without one.
         start: the start alignment's name, for the QA record.
+        start_weights: the weights file of a learned start, likewise.
         case_folders: False writes straight into `output_dir`; for a single case.
     """
 
-    def __init__(self, output_dir: str, weights: str, start: str, case_folders: bool = True) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        weights: str | None,
+        start: str,
+        start_weights: str | None = None,
+        case_folders: bool = True,
+    ) -> None:
         self.output_dir = Path(output_dir)
         self.case_folders = case_folders
-        self.provenance = {
-            "start": start,
-            "weights": str(weights),
-            "weights_sha256": hashlib.sha256(Path(weights).read_bytes()).hexdigest(),
-            "torch": torch.__version__,
-            "monai": monai.__version__,
-        }
+        self.provenance: dict[str, Any] = {"start": start}
+        for name, path in (("weights", weights), ("start_weights", start_weights)):
+            self.provenance |= {name: path, f"{name}_sha256": path and sha256(path)}
+        self.provenance |= {"torch": torch.__version__, "monai": monai.__version__}
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save)

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from scripts import checks, fields
 from scripts.data import KEYS
+from scripts.start import CLOSE, NOMINAL, SIDE, align_moments, close_up, coarsened, cube_affine, frame, moments
 
 IMAGES, LABELS = KEYS[:2], KEYS[2:]
+GLANDS = ("moving_gland", "fixed_gland")
 
 
 class LoadPaird(Transform):
@@ -137,16 +139,50 @@ class PlanFixedGridd(MapTransform):
     world -> moving world; `spacing` (3,) in mm.
 
     Args:
-        spacing: voxel size of the working grid in mm; None or "none" keeps the fixed file's.
-        start: see `read_start`.
+        spacing: voxel size of the working grid in mm; None or "none" keeps the fixed file's. "gland" measures by the
+            fixed gland that was found: the cube of its second look, whose `spacing` is in the millimetres of a gland of
+            nominal length, so that neither a small prostate nor a wrong voxel size in the headers changes anything.
+        start: "learned", see `scripts.start.align_moments`, between the glands that `scripts.start.FindGlandsd` added;
+            or see `read_start`.
+        kind: of the learned start.
     """
 
-    def __init__(self, spacing: float | None | str = 0.8, start: str = "centre") -> None:
+    def __init__(self, spacing: float | None | str = 0.8, start: str = "centre", kind: str = "affine") -> None:
         super().__init__(KEYS, allow_missing_keys=True)
-        self.spacing = None if spacing in (None, "none") else float(spacing)
-        self.start = start
+        self.by_gland = spacing == "gland"
+        if self.by_gland and start != "learned":
+            raise checks.InputError('spacing "gland" needs start "learned"')
+        self.spacing = None if spacing in (None, "none", "gland") else float(spacing)
+        self.start, self.kind = start, kind
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        if self.start == "learned":
+            start = align_moments(moments(data["fixed_gland"]), moments(data["moving_gland"]), self.kind)
+        else:
+            start = read_start(self.start, data["moving_image"], data["fixed_image"])
+        grid_affine, size, spacing = (self._around_gland if self.by_gland else self._field_of_view)(data)
+        plan = {"grid_affine": grid_affine, "grid_size": size, "start": start, "spacing": spacing}
+        return dict(data) | self._without_aliasing(data, plan) | plan
+
+    def _without_aliasing(self, data: Mapping[Hashable, MetaTensor], plan: Mapping[str, Tensor]) -> dict:
+        """The volumes of a pair, coarsened where the working grid is measured by the gland; labels stay binary."""
+        if not self.by_gland:
+            return {}
+        coarse = {}
+        for key in self.key_iterator(data):
+            to_world = plan["start"] @ plan["grid_affine"] if key.startswith("moving") else plan["grid_affine"]
+            coarse[key] = coarsened(data[key], to_world)
+            if key in LABELS:
+                coarse[key] = (coarse[key] >= 0.5).float()
+        return coarse
+
+    @staticmethod
+    def _around_gland(data: Mapping[Hashable, MetaTensor]) -> tuple[Tensor, list[int], Tensor]:
+        centre, length = close_up(data["fixed_gland"])
+        nominal = torch.full((3,), CLOSE * NOMINAL / SIDE, dtype=torch.float64)
+        return cube_affine(centre, frame(data["fixed_image"])[1], length), [SIDE] * 3, nominal
+
+    def _field_of_view(self, data: Mapping[Hashable, MetaTensor]) -> tuple[Tensor, list[int], Tensor]:
         fixed = Orientation(axcodes="RAS", labels=None)(data["fixed_image"])
         affine = fixed.affine.double()
         old = affine[:3, :3].norm(dim=0)
@@ -156,9 +192,7 @@ class PlanFixedGridd(MapTransform):
         grid_affine = affine.clone()
         grid_affine[:3, :3] *= new / old
         grid_affine[:3, 3] += affine[:3, :3] @ ((old_size - 1) / 2) - grid_affine[:3, :3] @ ((size - 1) / 2)
-        start = read_start(self.start, data["moving_image"], data["fixed_image"])
-        plan = {"grid_affine": grid_affine, "grid_size": size.int().tolist(), "start": start, "spacing": new}
-        return dict(data) | plan
+        return grid_affine, size.int().tolist(), new
 
 
 def from_grid(data: Mapping[Hashable, MetaTensor], key: str) -> Tensor:
@@ -171,18 +205,18 @@ class OntoFixedGridd(PlanFixedGridd):
     """Bring a pair onto the working grid of `PlanFixedGridd`; same arguments.
 
     Each volume is interpolated once: the moving image is pulled through the start alignment straight onto the grid.
-    Adds `image`, the network's input (2, X, Y, Z): channel 0 moving, 1 fixed; replaces the labels by soft maps
-    (M, X, Y, Z) on the same grid.
+    Adds `image`, the network's input (2, X, Y, Z): channel 0 moving, 1 fixed; glands that were found are channels 2 and
+    3. Replaces the labels by soft maps (M, X, Y, Z) on the same grid.
     """
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d = super().__call__(data)
         size = d.pop("grid_size")
-        for key in self.key_iterator(d):
-            padding = "outside" if key in LABELS else "border"
+        for key in [k for k in (*KEYS, *GLANDS) if k in d]:
+            padding = "border" if key in IMAGES else "outside"
             volume = d[key].as_tensor()[None].double()
             d[key] = fields.resample(volume, from_grid(d, key), size, padding_mode=padding)[0].float()
-        d["image"] = torch.cat([d.pop("moving_image"), d.pop("fixed_image")])
+        d["image"] = torch.cat([d.pop(key) for key in (*IMAGES, *GLANDS) if key in d])
         return d
 
 

@@ -76,7 +76,7 @@ def test_no_pair_and_a_pair_without_any_common_label_are_refused():
 
 def test_labels_are_kept_as_bytes():
     loader = CohortLoader([labelled("five", 5)], 1, 1, "cpu")
-    assert {loader.pairs[0][side]["label"].dtype for side in ("moving", "fixed")} == {torch.uint8}
+    assert {loader.pool.pairs[0][side]["label"].dtype for side in ("moving", "fixed")} == {torch.uint8}
 
 
 # ---- one map, one interpolation

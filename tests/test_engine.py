@@ -1,13 +1,15 @@
 """The network may run in bfloat16 only where the hardware has it and the field stays where float32 puts it."""
 
+import math
 import warnings
 
 import pytest
 import torch
+from ignite.engine import Engine
 
 from scripts import engine
 from scripts.checks import InputError
-from scripts.engine import PrecisionInferer
+from scripts.engine import CosineDecay, PrecisionInferer
 from scripts.networks import SummedDDFNet
 
 
@@ -93,6 +95,18 @@ def test_training_is_in_float32_unless_asked_and_on_a_cpu_always(hardware):
     assert inferer.used == "float32"
     with pytest.warns(UserWarning, match="runs on CUDA only"):
         PrecisionInferer("bfloat16")(x, net)
+
+
+def test_the_learning_rate_falls_along_half_a_cosine_wherever_the_run_starts():
+    seen = []
+    for begun in (0, 2):  # of 4 epochs
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+        trainer = Engine(lambda engine, batch, o=optimizer: seen.append(o.param_groups[0]["lr"]))
+        CosineDecay(optimizer).attach(trainer)
+        trainer.load_state_dict({"epoch_length": 5, "max_epochs": 4, "iteration": 5 * begun})
+        trainer.run([0] * 5, max_epochs=4)
+    expected = [0.25 * (1 + math.cos(math.pi * i / 20)) for i in range(20)]
+    assert seen == pytest.approx(expected + expected[10:])
 
 
 def test_an_unknown_precision_is_refused():

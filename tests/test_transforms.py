@@ -10,6 +10,7 @@ import torch
 from monai.data import MetaTensor
 
 from scripts.checks import InputError
+from scripts.cohort import as_loaded
 from scripts.data import KEYS
 from scripts.fields import warp
 from scripts.metrics import dice
@@ -272,14 +273,9 @@ def test_a_constant_ddf_is_a_translation_along_the_working_axes(axes):
 
 def test_the_true_displacement_of_a_phantom_lays_its_labels_on_each_other():
     phantom = simulate_pair(np.random.default_rng(0))
-    data = {}
-    for side in ("moving", "fixed"):
-        affine = torch.from_numpy(getattr(phantom, f"{side}_affine"))
-        label = np.moveaxis(getattr(phantom, f"{side}_label"), -1, 0).astype(np.float32)
-        data[f"{side}_image"] = MetaTensor(torch.from_numpy(getattr(phantom, f"{side}_image"))[None], affine=affine)
-        data[f"{side}_label"] = MetaTensor(torch.from_numpy(label), affine=affine)
+    data = as_loaded(phantom)
     result = OntoFixedGridd(None, "centre")(KeepOriginalsd()(data))
-    truth = torch.from_numpy(np.moveaxis(phantom.true_displacement, -1, 0)).double()
+    truth = phantom.true_displacement.movedim(-1, 0).double()
     shift = result["start"][:3, 3].view(3, 1, 1, 1)  # the start is a translation: T(x) = x + A u + shift
     ddf = torch.einsum("ij,jxyz->ixyz", torch.linalg.inv(result["grid_affine"][:3, :3]), truth - shift).float()
     back = ToOriginalGridd()(result | {"pred": ddf})

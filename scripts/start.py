@@ -1,0 +1,189 @@
+"""The learned start: a network finds the gland in each image, and the moments of the two glands align them.
+
+The network sees one image at a time, MR and TRUS alike, as a cube of `SIDE` voxels: first the whole volume, then once
+more the surroundings of what it found. It learns from the same weak labels as the registration; to align, it needs the
+two images alone. Positions are relative to the images, so a wrong voxel size in both headers does no harm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Orientation, Transform
+from scipy import ndimage
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scripts import fields
+from scripts.checks import InputError
+from scripts.engine import load_weights
+
+SIDE = 32  # voxels of the network's cube along each axis
+CLOSE = 1.5  # the second look's cube, in lengths of the gland's longest diameter
+NOMINAL = 50.0  # mm, the longest diameter every gland is taken to have on a grid that is measured by the gland
+
+
+def cube_affine(centre: Tensor, axes: Tensor, length: float) -> Tensor:
+    """Voxel of a cube -> world, shape (4, 4), float64.
+
+    Args:
+        centre: of the cube, world mm, shape (3,).
+        axes: unit vectors of its axes as columns, shape (3, 3).
+        length: of its edges, outer face to outer face, mm.
+    """
+    affine = torch.eye(4, dtype=torch.float64)
+    affine[:3, :3] = axes.double() * (length / SIDE)
+    affine[:3, 3] = centre.double() - affine[:3, :3] @ torch.full((3,), (SIDE - 1) / 2, dtype=torch.float64)
+    return affine
+
+
+def frame(volume: MetaTensor) -> tuple[Tensor, Tensor, float]:
+    """Centre (3,), unit axes (3, 3) in the order nearest to RAS, and longest edge in mm of a volume (C, X, Y, Z)."""
+    affine = volume.affine.double().cpu()
+    size = torch.tensor(volume.shape[1:], dtype=torch.float64)
+    edges = affine[:3, :3].norm(dim=0) * size
+    turned = Orientation(axcodes="RAS", labels=None)(volume).affine.double().cpu()[:3, :3]
+    return affine[:3, :3] @ ((size - 1) / 2) + affine[:3, 3], turned / turned.norm(dim=0), edges.max().item()
+
+
+def coarsened(volume: MetaTensor, affine: Tensor) -> MetaTensor:
+    """A volume (C, X, Y, Z) by means of blocks, as many voxels as a voxel of a coarser grid covers whole.
+
+    Args:
+        affine: voxel -> world of the coarser grid, for example a cube's, see `cube_affine`.
+    """
+    own = volume.affine.double().cpu()
+    covers = (torch.linalg.inv(own) @ affine)[:3, :3].abs().sum(1)  # voxels of the volume along each of its axes
+    blocks = [max(1, min(int(c), n)) for c, n in zip(covers.tolist(), volume.shape[1:], strict=True)]
+    grow = torch.diag(torch.tensor([*blocks, 1], dtype=torch.float64))
+    grow[:3, 3] = (torch.tensor(blocks, dtype=torch.float64) - 1) / 2  # centre of the first block
+    return MetaTensor(F.avg_pool3d(volume.as_tensor()[None].float(), blocks)[0], affine=own @ grow)
+
+
+def on_cube(volume: MetaTensor, affine: Tensor) -> Tensor:
+    """A volume (C, X, Y, Z) on a cube, zero outside: (1, C, SIDE, SIDE, SIDE), each voxel the mean of what it covers.
+
+    Args:
+        affine: voxel of the cube -> world, see `cube_affine`.
+    """
+    coarse = coarsened(volume, affine)
+    to_coarse = torch.linalg.inv(coarse.affine.double()) @ affine
+    return fields.resample(coarse.as_tensor()[None], to_coarse, [SIDE] * 3, padding_mode="outside")
+
+
+def standardised(cube: Tensor) -> Tensor:
+    """Zero mean and unit variance of each item of (B, 1, SIDE, SIDE, SIDE)."""
+    mean, sd = cube.mean((1, 2, 3, 4), keepdim=True), cube.std((1, 2, 3, 4), keepdim=True)
+    return (cube - mean) / sd.clamp_min(1e-6)
+
+
+def moments(gland: MetaTensor) -> tuple[Tensor, Tensor]:
+    """Centroid (3,) in mm and covariance (3, 3) in mm² of where a map (1, X, Y, Z) is above one half, in its world."""
+    affine = gland.affine.double().cpu()
+    points = fields.identity_grid(gland.shape[1:], torch.float64, "cpu").flatten(1)
+    points = affine[:3, :3] @ points + affine[:3, 3:]
+    weight = (gland.as_tensor().cpu().flatten() > 0.5).double()
+    weight = weight / weight.sum()
+    centroid = points @ weight
+    apart = points - centroid[:, None]
+    return centroid, apart * weight @ apart.T
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """Power of a symmetric positive definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(1e-9) ** exponent @ vectors.T
+
+
+def close_up(gland: MetaTensor) -> tuple[Tensor, float]:
+    """Centre (3,) and edge in mm of the cube of the second look at a gland (1, X, Y, Z)."""
+    centre, covariance = moments(gland)
+    # an ellipsoid's semi-axis is √5 standard deviations
+    return centre, CLOSE * 2 * math.sqrt(5 * torch.linalg.eigvalsh(covariance)[-1].item())
+
+
+def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], kind: str = "affine") -> Tensor:
+    """Fixed world -> moving world, shape (4, 4), float64, that takes the fixed gland's centroid to the moving one's.
+
+    Args:
+        fixed, moving: `moments` of the two glands.
+        kind: "translation"; "scaling", with the cube root of the volumes' ratio; "affine", the one symmetric positive
+            matrix that takes one covariance to the other (the optimal transport between two Gaussians): it scales along
+            the glands' own axes and never turns or mirrors.
+    """
+    matrix = torch.eye(4, dtype=torch.float64)
+    if kind == "scaling":
+        matrix[:3, :3] *= (torch.linalg.det(moving[1]) / torch.linalg.det(fixed[1])) ** (1 / 6)
+    elif kind == "affine":
+        root, inverse = _power(fixed[1], 0.5), _power(fixed[1], -0.5)
+        matrix[:3, :3] = inverse @ _power(root @ moving[1] @ root, 0.5) @ inverse
+    elif kind != "translation":
+        raise ValueError(f'kind must be "translation", "scaling" or "affine", got {kind!r}')
+    matrix[:3, 3] = moving[0] - matrix[:3, :3] @ fixed[0]
+    return matrix
+
+
+def largest_component(probability: Tensor) -> Tensor:
+    """A map (X, Y, Z) without what lies outside the largest connected region above one half; all zero without one."""
+    parts, count = ndimage.label((probability > 0.5).cpu().numpy())
+    if not count:
+        return torch.zeros_like(probability)
+    largest = ndimage.sum_labels(parts > 0, parts, range(1, count + 1)).argmax() + 1
+    return probability * torch.from_numpy(ndimage.binary_dilation(parts == largest)).to(probability.device)
+
+
+class FindGlandsd(Transform):
+    """Add `moving_gland` and `fixed_gland`: the probability of the gland, found in each image by a network.
+
+    Each is a `MetaTensor` (1, SIDE, SIDE, SIDE) with its own affine (RAS mm): a cube around the gland, zero outside the
+    largest connected region.
+
+    Args:
+        network: (B, 1, SIDE, SIDE, SIDE) -> logits of the gland, same shape.
+        path: its weights.
+        device: where it runs.
+        wanted: False leaves a pair as it is, for another start.
+
+    Raises:
+        InputError: the weights do not fit (see `scripts.checks.check_weights`); no gland is found in an image.
+    """
+
+    def __init__(self, network: nn.Module, path: str, device: torch.device | str = "cpu", wanted: bool = True) -> None:
+        self.network, self.path, self.device, self.wanted = network, path, device, wanted
+        self.loaded = False
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
+        if not self.wanted:
+            return dict(data)
+        if not self.loaded:
+            load_weights(self.path, self.network)
+            self.network.to(self.device).eval()
+            self.loaded = True
+        d = dict(data)
+        for side in ("moving", "fixed"):
+            gland = self.find(d[f"{side}_image"])
+            if gland is None:
+                where = d.get(f"{side}_file", f"the {side} image")
+                raise InputError(f"{where}: no prostate found; use --start centre, or --start FILE")
+            d[f"{side}_gland"] = gland
+        return d
+
+    @torch.inference_mode()
+    def find(self, volume: MetaTensor) -> MetaTensor | None:
+        """The gland of a volume (1, X, Y, Z); None without one."""
+        centre, axes, length = frame(volume)
+        image = volume.as_tensor().cpu()
+        dark = MetaTensor(image - image.min(), affine=volume.affine.cpu())  # nothing is darker than what is outside
+        for _ in range(2):
+            affine = cube_affine(centre, axes, length)
+            cube = standardised(on_cube(dark, affine)).to(self.device)
+            probability = largest_component(self.network(cube).sigmoid()[0, 0].float().cpu())
+            if not probability.any():
+                return None
+            gland = MetaTensor(probability[None].clone(), affine=affine)
+            centre, length = close_up(gland)
+        return gland

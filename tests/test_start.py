@@ -1,0 +1,250 @@
+"""The learned start: moments of two glands give the map between them, wherever and however the images lie."""
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import nn
+
+from scripts import fields
+from scripts.checks import InputError
+from scripts.cohort import CohortLoader, GlandLoader, SimulatedPairs
+from scripts.start import SIDE, FindGlandsd, align_moments, cube_affine, frame, largest_component, moments, on_cube
+from scripts.transforms import OntoFixedGridd, PlanFixedGridd
+
+
+def turned(spacing, angle, origin=(0, 0, 0), flips=(1, 1, 1)):
+    """An oblique affine, voxel -> world mm."""
+    c, s = np.cos(angle), np.sin(angle)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.diag(np.multiply(spacing, flips))
+    affine[:3, 3] = origin
+    return torch.from_numpy(affine)
+
+
+def ellipsoid(size, affine, centre, axes):
+    """1 inside an ellipsoid given in world mm, 0 outside: (1, *size) with its affine."""
+    x = fields.transform_points(affine, fields.identity_grid(size, torch.float64, "cpu")[None])[0]
+    away = torch.stack([(x[i] - centre[i]) / axes[i] for i in range(3)]).square().sum(0)
+    return MetaTensor((away <= 1).float()[None], affine=affine)
+
+
+def middle(size, affine):
+    return (affine[:3, :3] @ torch.tensor([(n - 1) / 2 for n in size], dtype=torch.float64) + affine[:3, 3]).tolist()
+
+
+class Bright(nn.Module):
+    """A network that calls gland what is brighter than the mean of its cube."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(8.0))
+
+    def forward(self, x):
+        return self.gain * (x - 0.5)
+
+
+def start_of(moving, fixed, weights):
+    """The learned start of a pair, fixed world -> moving world."""
+    found = FindGlandsd(Bright(), weights)({"moving_image": moving, "fixed_image": fixed})
+    return PlanFixedGridd(None, "learned")(found)["start"]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.save(Bright().state_dict(), tmp_path / "start.pt")
+    return str(tmp_path / "start.pt")
+
+
+def test_moments_of_an_ellipsoid_are_its_centre_and_a_fifth_of_its_squared_axes():
+    affine, size = turned((0.7, 0.9, 1.1), 0.0, (5, -3, 2)), (60, 50, 40)
+    centre, covariance = moments(ellipsoid(size, affine, middle(size, affine), (15, 12, 10)))
+    assert torch.allclose(centre, torch.tensor(middle(size, affine), dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(
+        covariance, torch.diag(torch.tensor([45, 28.8, 20], dtype=torch.float64)), rtol=0.03, atol=0.1
+    )
+
+
+@pytest.mark.parametrize("kind", ["translation", "scaling", "affine"])
+def test_the_start_takes_centroid_to_centroid_and_the_affine_one_covariance_to_covariance(kind):
+    rng = torch.Generator().manual_seed(0)
+    sides = [(torch.randn(3, generator=rng).double(), torch.randn(3, 5, generator=rng).double()) for _ in range(2)]
+    (cf, sf), (cm, sm) = [(c, m @ m.T) for c, m in sides]
+    start = align_moments((cf, sf), (cm, sm), kind)
+    linear = start[:3, :3]
+    assert torch.allclose(linear @ cf + start[:3, 3], cm)
+    assert torch.allclose(linear, linear.T) and (torch.linalg.eigvalsh(linear) > 0).all()  # never turns or mirrors
+    if kind == "scaling":
+        assert torch.allclose(linear.det() ** 2, sm.det() / sf.det())
+    if kind == "affine":
+        assert torch.allclose(linear @ sf @ linear.T, sm)
+
+
+def test_equal_glands_leave_the_start_at_the_identity():
+    same = torch.tensor([1.0, 2, 3]).double(), torch.diag(torch.tensor([4.0, 5, 6]).double())
+    assert torch.allclose(align_moments(same, same), torch.eye(4, dtype=torch.float64))
+
+
+def test_an_unknown_kind_is_refused():
+    same = torch.zeros(3).double(), torch.eye(3).double()
+    with pytest.raises(ValueError, match="rigid"):
+        align_moments(same, same, "rigid")
+
+
+@pytest.mark.parametrize(
+    ("moving_affine", "fixed_affine"),
+    [
+        (turned((1, 1, 1), 0.0), turned((1, 1, 1), 0.0, (40, -7, 3))),
+        (turned((0.6, 0.6, 2.5), 0.3, (9, 1, 2)), turned((0.8, 1.2, 0.9), -0.2, (1, 2, 3))),
+        (turned((1, 1, 1.5), 0.2, flips=(-1, -1, 1)), turned((1, 1, 1), 0.1, flips=(1, -1, -1))),
+    ],
+)
+def test_the_start_finds_bright_glands_in_oblique_anisotropic_and_flipped_volumes(moving_affine, fixed_affine, weights):
+    sizes = [(64, 60, 30), (60, 50, 56)]
+    volumes, centres = [], []
+    for size, affine, shift in zip(sizes, (moving_affine, fixed_affine), ((4, -3, 2), (-2, 5, -4)), strict=True):
+        centres.append([m + d for m, d in zip(middle(size, affine), shift, strict=True)])
+        volumes.append(ellipsoid(size, affine, centres[-1], (12, 10, 9)))
+    start = start_of(*volumes, weights)
+    mapped = start[:3, :3] @ torch.tensor(centres[1], dtype=torch.float64) + start[:3, 3]
+    assert torch.allclose(mapped, torch.tensor(centres[0], dtype=torch.float64), atol=0.4)
+    assert torch.allclose(start[:3, :3], torch.eye(3, dtype=torch.float64), atol=0.1)
+
+
+def test_a_wrong_voxel_size_in_both_headers_does_not_change_the_start_in_voxels(weights):
+    starts = []
+    for mm in (1.0, 0.25):
+        affine = turned((mm, mm, mm), 0.0)
+        moving = ellipsoid((48, 48, 40), affine, [mm * v for v in (20, 25, 22)], (10 * mm, 9 * mm, 8 * mm))
+        fixed = ellipsoid((40, 50, 40), affine, [mm * v for v in (22, 22, 18)], (11 * mm, 9 * mm, 7 * mm))
+        start = start_of(moving, fixed, weights)
+        start[:3, 3] /= mm
+        starts.append(start)
+    assert torch.allclose(*starts, atol=1e-4)
+
+
+def test_an_image_without_a_gland_is_refused_by_name(weights):
+    gland = ellipsoid((30, 30, 30), turned((1, 1, 1), 0.0), (15, 15, 15), (8, 8, 8))
+    empty = MetaTensor(torch.linspace(0, 1e-3, 27000).view(1, 30, 30, 30) * 0 + 1, affine=gland.affine)
+    with pytest.raises(InputError, match="the moving image: no prostate found"):
+        start_of(empty, gland, weights)
+    with pytest.raises(InputError, match="mr.nii: no prostate found"):
+        FindGlandsd(Bright(), weights)({"moving_image": empty, "fixed_image": gland, "moving_file": "mr.nii"})
+
+
+def test_the_glands_become_channels_of_the_networks_input_on_the_fixed_grid(weights):
+    affine = turned((1, 1, 1), 0.1)
+    pair = {"moving_image": ellipsoid((40, 40, 40), affine, (15, 20, 22), (10, 9, 8))}
+    pair["fixed_image"] = ellipsoid((40, 40, 40), affine, (13, 22, 18), (10, 9, 8))
+    image = OntoFixedGridd(None, "learned")(FindGlandsd(Bright(), weights)(pair))["image"]
+    assert image.shape == (4, 40, 40, 40)
+    for channel in (0, 2, 3):  # moving, its gland and the fixed gland, all where the fixed image is
+        a, b = image[channel] > 0.5, image[1] > 0.5
+        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.9
+
+
+def test_training_batches_hold_the_same_input_as_registration(weights):
+    affine = turned((1.2, 1, 1), 0.1)
+    pair = {"case": "a", "moving_image": ellipsoid((30, 40, 40), affine, (15, 20, 22), (10, 9, 8))}
+    pair["fixed_image"] = ellipsoid((30, 40, 40), affine, (13, 22, 18), (10, 9, 8))
+    pair |= {f"{side}_label": pair[f"{side}_image"].clone() for side in ("moving", "fixed")}
+    found = FindGlandsd(Bright(), weights)(pair)
+    (batch,) = CohortLoader([PlanFixedGridd(1.5, "learned")(found)], 1, 1, "cpu", augmentation=0)
+    image = OntoFixedGridd(1.5, "learned")(found)["image"]
+    torch.testing.assert_close(batch["image"][0, :2], image[:2], atol=1e-4, rtol=0)
+    assert (batch["image"][0, 2:] - image[2:]).abs().mean() < 0.01  # glands went through the image's grid
+
+
+def test_another_start_looks_for_no_gland(tmp_path):
+    pair = {"moving_image": 1, "fixed_image": 2}
+    assert FindGlandsd(Bright(), str(tmp_path / "none.pt"), wanted=False)(pair) == pair
+
+
+def test_the_largest_component_keeps_its_soft_rim_and_loses_the_others():
+    probability = torch.zeros(12, 12, 12)
+    probability[2:7, 2:7, 2:7] = 0.9
+    probability[1, 4, 4] = 0.3
+    probability[10, 10, 10] = 0.8
+    kept = largest_component(probability)
+    assert kept[4, 4, 4] == 0.9 and kept[1, 4, 4] == pytest.approx(0.3) and kept[10, 10, 10] == 0
+    assert not largest_component(probability * 0.5).any()
+
+
+def test_a_cube_of_a_fine_volume_holds_means_not_samples():
+    affine = turned((0.25, 0.25, 0.25), 0.0)
+    board = torch.arange(256).view(-1, 1, 1) % 2 * torch.ones(1, 256, 256)  # every second plane
+    volume = MetaTensor(board[None], affine=affine)
+    cube = on_cube(volume, cube_affine(*frame(volume)))
+    assert cube.shape == (1, 1, SIDE, SIDE, SIDE)
+    assert torch.allclose(cube, torch.full_like(cube, 0.5), atol=1e-6)
+
+
+def planned(simulated=False):
+    """A pair whose images are their own glands."""
+    pair = {"case": "a", "simulated": simulated}
+    for side, shift in (("moving", 3), ("fixed", -2)):
+        gland = ellipsoid((40, 36, 30), turned((1, 1, 1), 0.1), (18 + shift, 16, 14), (11, 9, 8))
+        pair |= {f"{side}_image": gland, f"{side}_label": torch.cat([gland, torch.zeros_like(gland)])}
+    return pair
+
+
+def test_without_augmentation_cubes_are_the_whole_volumes_moving_and_fixed_in_turn():
+    pair = planned()
+    (batch,) = GlandLoader([pair], 4, 1, "cpu", augmentation=0)
+    assert batch["image"].shape == batch["label"].shape == (4, 1, SIDE, SIDE, SIDE)
+    for i, side in enumerate(("moving", "fixed", "moving", "fixed")):
+        volume = pair[f"{side}_image"]
+        assert torch.equal(batch["label"][i : i + 1], on_cube(volume, cube_affine(*frame(volume))))
+
+
+def test_a_pair_without_a_gland_is_refused_by_name():
+    pair = planned()
+    pair["fixed_label"] = pair["fixed_label"].flip(0)
+    with pytest.raises(InputError, match="a: label 0, the gland, is empty in the fixed image"):
+        GlandLoader([pair], 2, 1, "cpu")
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_augmentation_moves_image_and_gland_alike(simulated):
+    for batch in GlandLoader([planned(simulated)], 4, 5, "cpu", seed=1):
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            assert abs(torch.corrcoef(torch.stack([image.flatten(), label.flatten()]))[0, 1]) > 0.6
+
+
+def test_the_same_seed_gives_the_same_batches():
+    loaders = [GlandLoader([planned()], 2, 3, "cpu", seed=5) for _ in range(2)]
+    for one, two in zip(*loaders, strict=True):
+        assert torch.equal(one["image"], two["image"]) and torch.equal(one["label"], two["label"])
+
+
+class Shifted(torch.utils.data.Dataset):
+    """Simulated pairs, the index in their name."""
+
+    def __len__(self):
+        return 2**31
+
+    def __getitem__(self, index):
+        return planned(simulated=True) | {"case": f"phantom{index}"}
+
+
+def test_simulated_pairs_are_renewed_and_drawn_with_their_share():
+    loader = GlandLoader([planned()], 8, 6, "cpu", simulated=Shifted(), share=0.5, pool=3)
+    before = list(loader.pool.phantoms)
+    list(loader)
+    assert loader.pool.made == 9 and not any(p is q for p in loader.pool.phantoms for q in before)
+    draws = [loader.pool.draw(loader.random)["simulated"] for _ in range(400)]
+    assert 0.4 < np.mean(draws) < 0.6
+    assert GlandLoader([], 2, 1, "cpu", simulated=Shifted(), share=0.1, pool=1).pool.share == 1
+    with pytest.raises(InputError, match="no pair"):
+        GlandLoader([], 2, 1, "cpu")
+
+
+def test_phantoms_without_end_fit_both_loaders_and_item_k_depends_on_seed_and_k_alone():
+    one, two = SimulatedPairs("realistic", seed=4)[7], SimulatedPairs("realistic", seed=4)[7]
+    assert torch.equal(one["fixed_image"], two["fixed_image"])
+    assert not torch.equal(one["fixed_image"], SimulatedPairs("realistic", seed=5)[7]["fixed_image"])
+    (batch,) = GlandLoader([], 2, 1, "cpu", simulated=SimulatedPairs(), pool=1)
+    assert 0.01 < batch["label"].mean() < 0.6
+    planned_pairs = SimulatedPairs(transform=PlanFixedGridd(4.0))
+    (batch,) = CohortLoader([], 2, 1, "cpu", simulated=planned_pairs, share=1, pool=2)
+    assert batch["image"].shape[:2] == (2, 2) and batch["fixed_label"].amax() > 0
