@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test bench lint clean
 
 demo: .venv/installed  ## phantoms, three minutes of training, a table and pictures in demo/
-	$(BIN)/python -m scripts demo --output_dir demo
+	$(BIN)/python -m scripts demo --train True --output_dir demo
 
 test: .venv/installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -q -n auto --dist loadfile tests

@@ -16,13 +16,15 @@ def register(
     moving: str,
     fixed: str,
     output_dir: str,
-    start: str = "centre",
+    start: str | None = None,
     moving_labels: str | None = None,
     fixed_labels: str | None = None,
     overlay: str | None = None,
     **settings,
 ) -> None:
     """Register one MR to one TRUS volume by running configs/inference.json. Research use only.
+
+    The weights are those in models/, which find the glands in both images first, unless --ckpt_path names others.
 
     Example:
         python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out
@@ -35,18 +37,20 @@ def register(
         moving: the MR, a NIfTI, MetaImage or NRRD file, or a folder with one DICOM series.
         fixed: the TRUS volume, likewise.
         output_dir: where to write; made if it does not exist.
-        start: "centre" (the volumes' centres coincide), "header" (world coordinates as they are), "learned" (the
-            glands found in the two images coincide), or a linear ITK transform file that maps fixed to moving points.
+        start: as the weights were trained: "learned" (the glands found in the two images coincide), which is the
+            default; "centre" (the volumes' centres coincide); "header" (world coordinates as they are); or a linear ITK
+            transform file that maps fixed to moving points.
         moving_labels: label file of the moving image, warped as well.
         fixed_labels: label file of the fixed image; with moving_labels, DSC and TRE are reported.
-        overlay: a config with the settings the weights were trained with, for example configs/real_pairs_cpu.yaml.
-        settings: any setting of configs/inference.json, for example --ckpt_path FILE or --initial_channels 8.
+        overlay: a config with the settings other weights were trained with, for example configs/baseline.yaml.
+        settings: any setting of configs/inference.json, for example --ckpt_path FILE or --initial_channels 32.
     """
     pair = {"moving_image": moving, "fixed_image": fixed, "moving_label": moving_labels, "fixed_label": fixed_labels}
     # absolute paths: a config value that starts with $, @ or % would be evaluated, a path that starts with / is not
     pair = {k: str(Path(str(v)).resolve()) for k, v in pair.items() if v is not None}
-    if start not in ("centre", "header", "learned"):
-        start = str(Path(str(start)).resolve())
+    if start is not None:
+        named = start in ("centre", "header", "learned")
+        settings["start"] = start if named else str(Path(str(start)).resolve())
     for name in {"ckpt_path", "start_path"} & set(settings):
         settings[name] = str(Path(str(settings[name])).resolve())
     from scripts.data import case_name
@@ -57,7 +61,6 @@ def register(
         overlay,
         datalist=[pair],
         output_dir=str(Path(str(output_dir)).resolve()),
-        start=start,
         case_folders=False,
         **settings,
     )
@@ -124,19 +127,27 @@ def sweep(
     convert(str(frames), str(output), axis_offset, angles, pixel_spacing, spacing, max_gap, probe, superior)
 
 
-def demo(output_dir: str = "demo", iterations: int | None = None) -> None:
-    """Simulate phantoms, train on them for about three minutes, register the held-out ones and show what came of it.
+def demo(
+    output_dir: str = "demo", pairs: str | None = None, train: bool = False, iterations: int | None = None
+) -> None:
+    """Register phantoms with the weights in models/ and show what came of it; or train on phantoms first.
 
     Example:
         python -m scripts demo --output_dir demo
 
     Args:
         output_dir: the demonstration's own folder; an earlier demonstration in it is replaced.
+        pairs: a data set of real pairs with labels; its first pair is registered as well.
+        train: train on phantoms for about three minutes, from nothing, and register with what was learned.
         iterations: training steps; the default is that of configs/demo.yaml.
     """
-    from scripts.demo import run_demo
+    from scripts.demo import register_phantoms, train_on_phantoms
 
-    run_demo(Path(output_dir).resolve(), iterations)
+    folder = Path(output_dir).resolve()
+    if train:
+        train_on_phantoms(folder, iterations)
+    else:
+        register_phantoms(folder, None if pairs is None else str(pairs))
 
 
 def run_config(name: str, overlay: str | Path | None, **settings) -> None:

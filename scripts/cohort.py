@@ -25,6 +25,7 @@ from scripts.start import SIDE, close_up, cube_affine, frame, on_cube, standardi
 from scripts.transforms import from_grid
 
 SIDES = ("moving", "fixed")
+RENEWAL = 4  # batches until a simulated pair is replaced by a new one
 
 
 def as_loaded(phantom: PhantomPair) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class SimulatedPairs(Dataset):
 
 
 class Pool:
-    """Pairs to draw from: a cohort that is read once, and simulated pairs, one of which is replaced at each renewal.
+    """Pairs to draw from: a cohort that is read once, and simulated pairs, the oldest replaced every few batches.
 
     Args:
         dataset: the cohort; may be empty where pairs are simulated.
@@ -102,7 +103,7 @@ class Pool:
         self.simulated, self.keep, self.share = simulated, keep, share if self.pairs else 1.0
         count = range(size if simulated is not None and self.share > 0 else 0)
         self.phantoms = [keep(simulated[i]) for i in tqdm(count, desc="Simulating", unit="pair", disable=not count)]
-        self.made = len(self.phantoms)
+        self.made, self.batches = len(self.phantoms), 0
         if not self.pairs and not self.phantoms:
             raise InputError("no pair to train on")
 
@@ -113,8 +114,9 @@ class Pool:
         return among[random.integers(len(among))]
 
     def renew(self) -> None:
-        """Replace the oldest simulated pair by a new one."""
-        if self.phantoms:
+        """Count a batch; at every fourth (`RENEWAL`) replace the oldest simulated pair by a new one."""
+        self.batches += 1
+        if self.phantoms and self.batches % RENEWAL == 0:
             self.phantoms[self.made % len(self.phantoms)] = self.keep(self.simulated[self.made])
             self.made += 1
 
@@ -155,7 +157,7 @@ class CohortLoader:
         augmentation: the strength of `corner_affine`; 0 switches it off.
         seed: of the draws.
         num_workers: processes that read the files.
-        simulated, share, pool: see `Pool`; a simulated pair is replaced at each batch.
+        simulated, share, pool: see `Pool`; a simulated pair is replaced every few batches.
 
     Raises:
         InputError: no pair, or a pair without a label that can be drawn.
@@ -271,7 +273,7 @@ class GlandLoader:
         num_workers: processes that read the files.
         left_right: which of the cohort's axes, in the order nearest to RAS, runs from left to right: 0 where headers
             tell the truth, 1 in label-reg's public sample.
-        simulated, share, pool: see `Pool`; a simulated pair is replaced at each batch.
+        simulated, share, pool: see `Pool`; a simulated pair is replaced every few batches.
     """
 
     def __init__(

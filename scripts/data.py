@@ -2,7 +2,7 @@
 
 A data set is a folder with four sub-folders of equal file names, split into train/val/test sub-folders or not, or a
 MONAI datalist JSON. Each item of the datalist is a dictionary of paths: `case`, `patient`, `moving_image`,
-`fixed_image` and, where there are labels, `moving_label`, `fixed_label`.
+`fixed_image`, where there are labels `moving_label`, `fixed_label`, and for phantoms `true_ddf`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ FOLDERS = (  # (moving_image, fixed_image, moving_label, fixed_label)
     ("mr_images", "us_images", "mr_labels", "us_labels"),
 )
 KEYS = ("moving_image", "fixed_image", "moving_label", "fixed_label")
+TRUTH = "true_ddf"  # folder and key of the true displacement, which phantoms have
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
 
@@ -55,16 +56,20 @@ def _pairs_in_folder(folder: Path, labels: bool) -> list[dict[str, str]]:
             + ("; found both" if found else "")
         )
     wanted = found[0] if labels or (folder / found[0][2]).is_dir() else found[0][:2]
-    files = {key: _images(folder / name) for key, name in zip(KEYS, wanted, strict=False)}
-    for key, name in zip(files, wanted, strict=True):
+    wanted = dict(zip(KEYS, wanted, strict=False)) | ({TRUTH: TRUTH} if (folder / TRUTH).is_dir() else {})
+    files = {key: _images(folder / name) for key, name in wanted.items()}
+    for key, name in wanted.items():
         missing = sorted(set(files["moving_image"]) ^ set(files[key]))
         if missing:
             raise InputError(
-                f"{folder / name}: unpaired case {missing[0]}: it must have the same name in {wanted[0]} and {name}"
+                f"{folder / name}: unpaired case {missing[0]}: it must have the same name in"
+                + f" {wanted[KEYS[0]]} and {name}"
                 + (f" ({len(missing)} such cases)" if len(missing) > 1 else "")
             )
     if not files["moving_image"]:
-        raise InputError(f"{folder / wanted[0]}: no images; expected files ending in {', '.join(SUFFIXES)}, or folders")
+        raise InputError(
+            f"{folder / wanted[KEYS[0]]}: no images; expected files ending in {', '.join(SUFFIXES)}, or folders"
+        )
     return [{"case": case} | {k: str(files[k][case]) for k in files} for case in files["moving_image"]]
 
 
@@ -84,7 +89,7 @@ def _pairs_in_json(path: Path, labels: bool) -> dict[str, list[dict[str, str]]]:
             missing = [k for k in (KEYS if labels else KEYS[:2]) if not isinstance(known.get(k), str)]
             if missing:
                 raise InputError(f"{path}: {split} item {i} lacks {missing[0]}; a pair needs {', '.join(KEYS)}")
-            pair = {k: str(path.parent / item[k]) for k in KEYS if k in item}
+            pair = {k: str(path.parent / item[k]) for k in (*KEYS, TRUTH) if k in item}
             absent = next((p for p in pair.values() if not Path(p).exists()), None)
             if absent:
                 raise InputError(f"{absent}: named in {path} but not found")

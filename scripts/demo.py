@@ -1,54 +1,85 @@
-"""The demonstration: phantoms, a short training, held-out pairs registered, a table and pictures."""
+"""The demonstration: phantoms registered, with the weights of this bundle or after a short training of its own."""
 
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 from statistics import median
 
-from scripts.__main__ import ROOT, run_config
+from scripts.__main__ import ROOT, register, run_config
 from scripts.checks import InputError
 
 MARKER = ".demonstration"  # only a folder that holds it is ever replaced
-COLUMNS = ("case", "gland DSC", "TRE in mm", "folded voxels in %", "seconds")
+COLUMNS = ("case", "gland DSC", "TRE in mm", "true error in mm", "folded voxels in %", "seconds")
+KINDS = (("", "image"), ("_labels", "label"))  # arguments of `register` and keys of a pair
+PHANTOMS, SEED = 6, 2026  # patients that no training draws
 
 
-def run_demo(folder: Path, iterations: int | None) -> None:
-    """Run the demonstration in `folder`; see the `demo` verb.
+def new_folder(folder: Path) -> None:
+    """Make an empty folder for a demonstration, in place of an earlier one.
 
     Raises:
         InputError: `folder` holds something that is not an earlier demonstration.
     """
-    from scripts.phantom import write_cohort
-
     if folder.exists():
         if any(folder.iterdir()) and not (folder / MARKER).is_file():
             raise InputError(f"{folder}: is not empty and not an earlier demonstration; choose another --output_dir")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     (folder / MARKER).write_text("Made by `python -m scripts demo`, which may replace this folder.\n")
+
+
+def register_phantoms(folder: Path, pairs: str | None) -> None:
+    """Register phantoms, and the first of real pairs where they are given, with the weights of this bundle."""
+    from scripts.data import datalist
+    from scripts.phantom import write_cohort
+
+    new_folder(folder)
+    write_cohort(folder / "cohort", patients=PHANTOMS, seed=SEED, split=(0, 0, 1))
+    show(folder, None, dataset_dir=str(folder / "cohort"))
+    if pairs is not None:
+        pair = datalist(pairs, "test")[0]
+        files = {f"{side}{kind}": pair[f"{side}_{key}"] for side in ("moving", "fixed") for kind, key in KINDS}
+        register(output_dir=str(folder / "real"), **files)
+        record = json.loads((folder / "real" / "qa.json").read_text(encoding="utf-8"))
+        score = f"gland DSC {record['gland_dsc_before']:.2f} → {record['gland_dsc']:.2f}"
+        print(f"\nReal pair {pair['case']}: {score}; look at {folder / 'real' / 'overview.png'}.")
+        print("If the weights were trained on it (docs/README.md says on which), this says nothing about new pairs.")
+
+
+def train_on_phantoms(folder: Path, iterations: int | None) -> None:
+    """Train on phantoms, from nothing, then register held-out ones."""
+    from scripts.phantom import write_cohort
+
+    new_folder(folder)
     overlay = ROOT / "configs" / "demo.yaml"
-    cohort, train, registered = folder / "cohort", folder / "train", folder / "registered"
+    cohort, train = folder / "cohort", folder / "train"
     write_cohort(cohort, patients=40, seed=0, split=(0.8, 0.05, 0.15))
     settings = {} if iterations is None else {"iterations": iterations, "epoch_length": min(100, iterations)}
-    shared = {"dataset_dir": str(cohort)}
-    run_config("train.json", overlay, **shared, output_dir=str(train), ckpt_dir=str(train), **settings)
+    run_config("train.json", overlay, dataset_dir=str(cohort), output_dir=str(train), **settings)
     draw_training(train, folder / "loss.png")
-    shared |= {"ckpt_path": str(train / "model.pt")}
-    run_config("evaluate.json", overlay, **shared, output_dir=str(registered))
-    run_config("inference.json", overlay, **shared, output_dir=str(registered))
+    show(folder, overlay, dataset_dir=str(cohort), ckpt_path=str(train / "model.pt"))
+    print(f"The course of the training: {folder / 'loss.png'}")
+
+
+def show(folder: Path, overlay: Path | None, **settings) -> None:
+    """Evaluate and register the test pairs of a cohort; write and print the table, keep the middle case's picture."""
+    registered = folder / "registered"
+    run_config("evaluate.json", overlay, output_dir=str(registered), **settings)
+    run_config("inference.json", overlay, output_dir=str(registered), **settings)
     with (registered / "cases.csv").open(encoding="utf-8") as file:
         rows = [
             {k: v if k in ("case", "patient") else float(v) for k, v in row.items()} for row in csv.DictReader(file)
         ]
-    middle = sorted(rows, key=lambda row: row["tre_mm"])[len(rows) // 2]
+    middle = sorted(rows, key=lambda row: row["true_error_mm"])[len(rows) // 2]
     shutil.copy(registered / middle["case"] / "overview.png", folder / "overview.png")
     table = format_table(rows)
     (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
-    print(f"\nHeld-out phantoms, before (volume centres aligned) → after\n\n{table}\n")
-    print(f"Look at {folder / 'overview.png'} (the case of median TRE) and {folder / 'loss.png'};")
-    print(f"warped images and fields are in {registered}. Research use only.")
+    print(f"\nHeld-out phantoms, at the start → after\n\n{table}\n")
+    print(f"Look at {folder / 'overview.png'} (the case of median true error); warped images and fields are in")
+    print(f"{registered}. Research use only.")
 
 
 def format_table(rows: list[dict]) -> str:
@@ -59,6 +90,7 @@ def format_table(rows: list[dict]) -> str:
             name,
             f"{row['dsc_before']:.2f} → {row['dsc']:.2f}",
             f"{row['tre_before_mm']:.1f} → {row['tre_mm']:.1f}",
+            f"{row['true_error_before_mm']:.1f} → {row['true_error_mm']:.1f}",
             f"{row['folded_percent']:.2f}",
             f"{row['seconds']:.2f}",
         )

@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 
 from scripts import fields
+from scripts.data import TRUTH
 from scripts.transforms import to_original_grid
 
 
@@ -61,9 +62,28 @@ def target_registration_error(distances: Sequence[float]) -> float:
     return math.sqrt(sum(d * d for d in known) / len(known)) if known else math.nan
 
 
-def folded_percent(displacement: Tensor, affine: Tensor) -> float:
-    """Percentage of voxels where the transform folds, det J ≤ 0; `displacement` (1, 3, X, Y, Z) in RAS mm."""
-    return 100 * (fields.jacobian_determinant(displacement, affine) <= 0).double().mean().item()
+def folded_percent(displacement: Tensor, affine: Tensor, inside: Tensor | None = None) -> float:
+    """Percentage of voxels where the transform folds, det J ≤ 0; NaN where there are none.
+
+    Args:
+        displacement: shape (1, 3, X, Y, Z), RAS mm.
+        affine: of its grid.
+        inside: a label (X, Y, Z) to count in, ≥ 0.5; all interior voxels by default.
+    """
+    folded = fields.jacobian_determinant(displacement, affine)[0] <= 0
+    if inside is not None:
+        folded = folded[inside[1:-1, 1:-1, 1:-1] >= 0.5]
+    return 100 * folded.double().mean().item()
+
+
+def true_error(displacement: Tensor, truth: Tensor, gland: Tensor) -> float:
+    """Median over the gland of the distance in mm between a displacement and the true one, which a phantom has.
+
+    Args:
+        displacement, truth: shape (3, X, Y, Z), mm, on the fixed grid.
+        gland: label (X, Y, Z) on that grid.
+    """
+    return (displacement - truth).norm(dim=0)[gland >= 0.5].median().item()
 
 
 def evaluate_labels(warped: Tensor, fixed: Tensor, spacing: Sequence[float]) -> list[dict[str, float]]:
@@ -101,7 +121,8 @@ class EvaluationTable:
 
     Channel 0 is the gland, the others are landmarks. Medians over the cases go to `engine.state.metrics`:
     `dsc_before`, `dsc`, `tre_before_mm`, `tre_mm` (landmarks), `tre_with_gland_before_mm`, `tre_with_gland_mm`,
-    `folded_percent`, `seconds` (network, field and warp), and the number `empty_warped`. Cases go to `rows`.
+    `folded_percent`, `folded_gland_percent`, `seconds` (network, field and warp), for phantoms
+    `true_error_before_mm`, `true_error_mm` (see `true_error`), and the number `empty_warped`. Cases go to `rows`.
 
     Args:
         output_dir: where to write `cases.csv` and `landmarks.csv`; None writes nothing.
@@ -130,9 +151,14 @@ class EvaluationTable:
             item = {**batch, **output}
             fixed = item["original_fixed_label"]
             spacing = fixed.affine[:3, :3].norm(dim=0)
-            before = to_original_grid(item, torch.zeros_like(output["pred"]))["moving_label"]
-            case_before, labels_before = score_case(before, fixed.as_tensor(), spacing)
+            start = to_original_grid(item, torch.zeros_like(output["pred"]))
+            case_before, labels_before = score_case(start["moving_label"], fixed.as_tensor(), spacing)
             case_after, labels_after = score_case(item["warped_moving_label"], fixed.as_tensor(), spacing)
+            gland = fixed.as_tensor()[0]
+            if TRUTH in item:
+                truth = item[TRUTH].as_tensor()
+                case_before["true_error_mm"] = true_error(start["displacement"], truth, gland)
+                case_after["true_error_mm"] = true_error(item["displacement"], truth, gland)
             name = {"case": item["case"], "patient": item["patient"]}
             empty = [not math.isnan(label["dsc"]) and math.isnan(label["distance_mm"]) for label in labels_after]
             for m, (start, end) in enumerate(zip(labels_before, labels_after, strict=True)):
@@ -143,6 +169,7 @@ class EvaluationTable:
                 | case_after
                 | {
                     "folded_percent": folded_percent(item["displacement"][None], fixed.affine),
+                    "folded_gland_percent": folded_percent(item["displacement"][None], fixed.affine, gland),
                     "empty_warped": sum(empty),
                     "seconds": seconds,
                 }

@@ -16,7 +16,7 @@ from monai.transforms import LoadImage, MapTransform, Orientation, Transform
 from torch import Tensor
 
 from scripts import checks, fields
-from scripts.data import KEYS
+from scripts.data import KEYS, TRUTH
 from scripts.start import CLOSE, NOMINAL, SIDE, align_moments, close_up, coarsened, cube_affine, frame, moments
 
 IMAGES, LABELS = KEYS[:2], KEYS[2:]
@@ -27,7 +27,8 @@ class LoadPaird(Transform):
     """Load the files of one pair and pass them through the input gate.
 
     NIfTI, MetaImage, NRRD or a folder with one DICOM series; labels 3-D, 4-D with the label last, or an integer index
-    map. Adds or replaces the four keys by channel-first `MetaTensor`s, float32, each with its own affine (RAS mm).
+    map. Adds or replaces the four keys by channel-first `MetaTensor`s, float32, each with its own affine (RAS mm). A
+    phantom's `true_ddf` becomes the true displacement (3, X, Y, Z) in RAS mm on the fixed grid.
 
     Args:
         label_values: the structures of an integer index map in the order of the channels, the gland first; None if
@@ -52,6 +53,8 @@ class LoadPaird(Transform):
                 d[key] = self._load_label(data[key], data[image], d[image])
         if all(key in d for key in LABELS):
             checks.check_label_counts(data[LABELS[0]], len(d[LABELS[0]]), data[LABELS[1]], len(d[LABELS[1]]))
+        if TRUTH in d:
+            d[TRUTH] = self._load_displacement(data[TRUTH], d["fixed_image"])
         return d | {"moving_file": data["moving_image"], "fixed_file": data["fixed_image"]}
 
     def _load_label(self, path: str, image_path: str, image: MetaTensor) -> MetaTensor:
@@ -69,6 +72,15 @@ class LoadPaird(Transform):
             )
         checks.check_labels(path, label.numpy())
         return label
+
+    @staticmethod
+    def _load_displacement(path: str, fixed: MetaTensor) -> MetaTensor:
+        """A displacement as `scripts.outputs.save_displacement` writes it, LPS, in RAS."""
+        nifti = nib.load(path)
+        if nifti.shape != (*fixed.shape[1:], 1, 3):
+            raise checks.InputError(f"{path}: {nifti.shape} is no displacement on the fixed grid {(*fixed.shape[1:],)}")
+        lps = torch.from_numpy(np.asarray(nifti.dataobj, dtype=np.float32)).squeeze(3).movedim(-1, 0)
+        return MetaTensor(lps * torch.tensor([-1.0, -1.0, 1.0]).view(3, 1, 1, 1), affine=fixed.affine)
 
     @staticmethod
     def _load(path: str) -> MetaTensor:

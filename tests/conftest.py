@@ -11,7 +11,7 @@ import torch
 from scripts.phantom import write_cohort
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = {"initial_channels": 4, "spacing": 4.0}
+TINY = {"initial_channels": 4, "spacing": 4.0, "start": "centre"}
 QUICK = TINY | {"iterations": 2, "epoch_length": 2, "val_interval": 1, "batch_size": 2}
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core of its own, and so have the processes it starts

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from conftest import QUICK, ROOT, TINY, flags, run
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow, load
 from monai.networks.nets import BasicUNet
@@ -43,7 +44,7 @@ def test_the_learned_start_trains_from_the_command_line_and_registers_alone(coho
     files = str([str(CONFIGS / "train.json"), str(CONFIGS / "start.yaml")])
     result = run("monai.bundle", "run", "--config_file", files, *flags(settings), cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    settings = {"dataset_dir": cohort, "output_dir": tmp_path / "out", "start_path": tmp_path / "start.pt"} | TINY
+    settings = {"dataset_dir": cohort, "output_dir": tmp_path / "out", "start_path": tmp_path / "start.pt"}
     for config in ("inference.json", "evaluate.json"):
         files = str([str(CONFIGS / config), str(CONFIGS / "start_only.yaml")])
         result = run("monai.bundle", "run", "--config_file", files, *flags(settings), cwd=tmp_path)
@@ -63,7 +64,7 @@ def test_training_with_a_learned_start_sees_the_glands_and_fine_tuning_starts_wh
     torch.nn.init.constant_(network.final_conv.bias, 5.0)  # everything is gland
     torch.save(network.state_dict(), tmp_path / "start.pt")
     settings = {"dataset_dir": str(cohort), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)} | QUICK
-    settings |= {"start": "learned", "start_path": str(tmp_path / "start.pt")}
+    settings |= {"start": "learned", "spacing": "gland", "start_path": str(tmp_path / "start.pt")}
     workflow = ConfigWorkflow(str(CONFIGS / "train.json"), logging_file=False, **settings)
     workflow.initialize()
     workflow.run()
@@ -176,6 +177,7 @@ def test_checkpoint_exports_to_torchscript_and_computes_the_same(trained, tmp_pa
         "meta_file": CONFIGS / "metadata.json",
         "config_file": CONFIGS / "inference.json",
         "initial_channels": 4,
+        "start": "centre",
     }
     result = run("monai.bundle", "ckpt_export", "network_def", *flags(arguments), cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -214,6 +216,12 @@ def test_the_three_configs_share_their_common_items():
         json.loads((CONFIGS / f"{n}.json").read_text()) for n in ("train", "evaluate", "inference")
     )
     own = {"output_dir", "handlers", "datalist", "run"}
+    # training starts as the paper's Baseline, the others as the weights in models/ want it
+    for overlay, config in (("baseline", train), ("two_stage", evaluate)):
+        settings = yaml.safe_load((CONFIGS / f"{overlay}.yaml").read_text())
+        shared = ("start", "spacing", "initial_channels")
+        own |= {k for k in shared if settings[k] == config[k]}
+    assert own >= {"start", "spacing", "initial_channels"}
     for a, b in ((train, inference), (train, evaluate), (evaluate, inference)):
         assert all(a[k] == b[k] for k in set(a) & set(b) - own)
 

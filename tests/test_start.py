@@ -8,7 +8,7 @@ from torch import nn
 
 from scripts import fields
 from scripts.checks import InputError
-from scripts.cohort import CohortLoader, GlandLoader, SimulatedPairs
+from scripts.cohort import RENEWAL, CohortLoader, GlandLoader, SimulatedPairs
 from scripts.start import SIDE, FindGlandsd, align_moments, cube_affine, frame, largest_component, moments, on_cube
 from scripts.transforms import OntoFixedGridd, PlanFixedGridd
 
@@ -228,10 +228,10 @@ class Shifted(torch.utils.data.Dataset):
 
 
 def test_simulated_pairs_are_renewed_and_drawn_with_their_share():
-    loader = GlandLoader([planned()], 8, 6, "cpu", simulated=Shifted(), share=0.5, pool=3)
+    loader = GlandLoader([planned()], 8, 3 * RENEWAL + 1, "cpu", simulated=Shifted(), share=0.5, pool=3)
     before = list(loader.pool.phantoms)
     list(loader)
-    assert loader.pool.made == 9 and not any(p is q for p in loader.pool.phantoms for q in before)
+    assert loader.pool.made == 6 and not any(p is q for p in loader.pool.phantoms for q in before)
     draws = [loader.pool.draw(loader.random)["simulated"] for _ in range(400)]
     assert 0.4 < np.mean(draws) < 0.6
     assert GlandLoader([], 2, 1, "cpu", simulated=Shifted(), share=0.1, pool=1).pool.share == 1
