@@ -25,6 +25,7 @@ from scripts.checks import InputError
 from scripts.transforms import to_original_grid
 
 NOTICE = "Research use only. Not for clinical decisions."
+PLAUSIBLE = (0.6, 1.65)  # stretch of a start alignment; between true glands it was 0.72 to 1.48 in 20 real pairs
 
 
 def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, dtype: type, intent: str = "none") -> None:
@@ -57,7 +58,7 @@ def deformation(item: Mapping[str, Any]) -> Tensor:
 
 
 def quality(item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor) -> dict[str, Any]:
-    """The QA figures of one registration: folding, Jacobian, displacement, coverage; with labels, DSC and TRE.
+    """The QA figures of one registration: folding, Jacobian, displacement, coverage, start; with labels, DSC and TRE.
 
     Args:
         item: what `scripts.transforms.ToOriginalGridd` leaves.
@@ -69,12 +70,15 @@ def quality(item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor
     jacobian = fields.jacobian_determinant(displacement, affine)
     covered = torch.ones_like(item["original_moving_image"].as_tensor())[None]
     covered = fields.pull(covered, item["original_moving_image"].affine, displacement, affine)
+    stretch = torch.linalg.svdvals(item["start"][:3, :3].double())
     record = {
         "folded_percent": 100 * (jacobian <= 0).double().mean().item(),
         "jacobian_min": jacobian.min().item(),
         "jacobian_sd_log": jacobian.clamp_min(1e-9).log().std().item(),
         "max_displacement_mm": moved.norm(dim=1).max().item(),
         "covered_percent": 100 * (covered > 0).double().mean().item(),
+        "start_stretch_min": stretch.min().item(),
+        "start_stretch_max": stretch.max().item(),
     }
     if "original_fixed_label" in item and "warped_moving_label" in item:
         fixed = item["original_fixed_label"].as_tensor()
@@ -83,6 +87,17 @@ def quality(item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor
             record[f"gland_dsc{suffix}"] = scores["dsc"]
             record[f"tre{suffix}_mm"] = scores["tre_mm"]
     return {k: v if math.isfinite(v) else None for k, v in record.items()}
+
+
+def flags(record: Mapping[str, Any]) -> list[str]:
+    """What about a registration should make its reader doubt it, in words; see `quality`."""
+    found = []
+    low, high = PLAUSIBLE
+    if record["start_stretch_min"] < low or record["start_stretch_max"] > high:
+        found.append("implausible start, the glands found differ too much")
+    if record["folded_percent"] > 0:
+        found.append("the field folds")
+    return found
 
 
 def save_overview(
@@ -110,6 +125,7 @@ def save_overview(
         facts.insert(0, f"TRE {record['tre_before_mm']:.1f} → {record['tre_mm']:.1f} mm")
     if record.get("gland_dsc") is not None:
         facts.insert(0, f"gland DSC {record['gland_dsc_before']:.2f} → {record['gland_dsc']:.2f}")
+    facts[:0] = [f"CHECK: {flag}" for flag in record["flags"]]
     figures.overview(
         path,
         ras(item["original_fixed_image"].as_tensor())[0].numpy(),
@@ -122,8 +138,11 @@ def save_overview(
     )
 
 
-def save_registration(folder: Path, item: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+def save_registration(folder: Path, item: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
     """Write everything one registration leaves into `folder`, or nothing: files appear when all of them are complete.
+
+    Returns:
+        What is to be checked, see `flags`.
 
     Raises:
         InputError: the folder cannot be written.
@@ -146,6 +165,7 @@ def save_registration(folder: Path, item: Mapping[str, Any], provenance: Mapping
         before = to_original_grid(item, torch.zeros_like(item["pred"]))
         moved = deformation(item)
         record = quality(item, before, moved)
+        record["flags"] = flags(record)
         save_overview(partial / "overview.png", item, before, moved, record)
         known = {k: item[k] for k in ("case", "moving_file", "fixed_file")}
         record = {"notice": NOTICE} | known | record | dict(provenance)
@@ -154,6 +174,7 @@ def save_registration(folder: Path, item: Mapping[str, Any], provenance: Mapping
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return record["flags"]
 
 
 def sha256(path: str) -> str:
@@ -194,5 +215,5 @@ class SaveRegistrations:
         for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
             item = {**batch, **output}
             folder = self.output_dir / item["case"] if self.case_folders else self.output_dir
-            save_registration(folder, item, self.provenance | {"precision": engine.inferer.used})
-            print(f"{item['case']}: {folder}")
+            found = save_registration(folder, item, self.provenance | {"precision": engine.inferer.used})
+            print("; ".join([f"{item['case']}: {folder}", *(f"CHECK: {flag}" for flag in found)]))
