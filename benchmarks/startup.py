@@ -114,9 +114,15 @@ def prepare(folder: Path, channels: int) -> list[str]:
     for summand in network.summands:
         torch.nn.init.normal_(summand.conv.weight, std=1e-2)  # a field of about 2 mm
     torch.save(network.state_dict(), folder / "model.pt")
-    return ["register", "--initial_channels", str(channels), "--ckpt_path", str(folder / "model.pt")] + [
-        f"--{side}={cohort / f'{side}_images' / 'case000000.nii.gz'}" for side in ("moving", "fixed")
-    ]
+    return [
+        "register",
+        "--overlay",
+        str(ROOT / "configs" / "baseline.yaml"),
+        "--initial_channels",
+        str(channels),
+        "--ckpt_path",
+        str(folder / "model.pt"),
+    ] + [f"--{side}={cohort / f'{side}_images' / 'case000000.nii.gz'}" for side in ("moving", "fixed")]
 
 
 def rows(channels: int, rounds: int) -> list[dict[str, Any]]:

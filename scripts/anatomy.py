@@ -46,8 +46,9 @@ class Anatomy:
         self.bend = rng.uniform(2, 0.4 * b)  # of the urethra, mm
         self.urethra = rng.uniform(2.6, 3.6)  # radius, mm
         self.rectum = (rng.normal(0, 2.5), rng.uniform(8, 17), rng.uniform(150, 400))  # offset, radius, curvature, mm
+        self.contact = rng.uniform(-6, 1)  # from the egg that the gland would be alone to the rectum, mm
         self.folds = (rng.uniform(0, 0.25), rng.uniform(5, 12), rng.uniform(0, 6), rng.uniform(0.8, 1.4))
-        self.wall = rng.uniform(2.5, 4)
+        self.wall = rng.uniform(1.5, 3.5)
         self.bladder = (rng.uniform(20, 36), rng.uniform(15, 28), rng.uniform(7, 24))  # half-axes: empty to full
         self.bladder_centre = (rng.normal(0, 3), rng.uniform(2, 12), c + self.bladder[2] * rng.uniform(0.75, 0.95))
         self.pelvis = (a + rng.uniform(4, 11), rng.uniform(0.25, 0.7), rng.uniform(0.1, 0.35))  # half-width, slopes
@@ -137,7 +138,16 @@ class Anatomy:
         # the rectum leaves a groove in the posterior midline
         surface -= self.groove * j.clamp_max(0) ** 2 / (1 + (i / 0.4) ** 2) ** 2
         gland = (1 - radius / surface) * size
+        offset, round_, _ = self.rectum
+        outside = ((x - offset) ** 2 + (y - self._rectal_axis(z)) ** 2).sqrt() - round_ - 0.5
+        gland = -torch.logaddexp(-gland, -outside)  # the rectum hollows it from behind
         return gland, torch.minimum(zone, gland)
+
+    def _rectal_axis(self, z: Tensor) -> Tensor:
+        """y of the rectum's axis, mm."""
+        _, radius, curvature = self.rectum
+        _, b, c = self.axes
+        return -(b + radius + self.contact) - z.clamp_min(0) ** 2 / curvature + 0.1 * (z + c).clamp_max(0)
 
     def depths(self, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
         """Approximate depth below the surface of each structure in mm, positive inside; later ones cover earlier ones.
@@ -154,8 +164,8 @@ class Anatomy:
         muscle = side - (width - slope * y.clamp(-35, 25) + flare * z)
         px, py, pz = self.pubis
         pubis = _ellipsoid((side - px, y - py - 0.2 * (side - px), z - pz), (15, 9, 13))
-        offset, radius, curvature = self.rectum
-        back = -(b + radius + 1.5) - z.clamp_min(0) ** 2 / curvature + 0.1 * (z + c).clamp_max(0)
+        offset, radius, _ = self.rectum
+        back = self._rectal_axis(z)
         narrow = 0.6 + 0.4 * torch.sigmoid((z + c) / 6)
         depth, wave, phase, aspect = self.folds
         narrow = narrow * (1 + depth * torch.sin(z / wave + phase))

@@ -278,9 +278,10 @@ def _write_pair(folder: Path, name: str, pair: PhantomPair) -> None:
 
 def _draw_probe(rng: np.random.Generator, anatomy: Anatomy, true_map: TrueMap, wild: bool) -> Probe:
     """A probe behind the gland: its surface a rectal wall away from it, wherever the motion has put it."""
-    behind = torch.tensor(true_map.moving_centre) - torch.tensor([0, anatomy.axes[1], 0])
+    surface = anatomy.axes[1] + min(0.0, anatomy.contact + 0.5)  # in the midline
+    behind = torch.tensor(true_map.moving_centre) - torch.tensor([0, surface, 0])
     x, y, z = (p.item() for p in true_map.inverse(*behind[:, None]))
-    radius = rng.uniform(8, 18)
+    radius = anatomy.rectum[1] * rng.uniform(0.8, 1.05)  # it fills the rectum
     gap = rng.uniform(-1, 8) if wild else rng.uniform(1, 5)
     half_angle = np.deg2rad(rng.uniform(35, 110) if wild else rng.uniform(48, 80))
     return Probe(

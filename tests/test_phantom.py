@@ -138,7 +138,9 @@ def test_the_true_displacement_carries_every_moving_label_onto_the_fixed_one(cas
     for case in cases:
         (gland, fixed_gland), *landmarks = warped_and_fixed(case, true_points(case))
         assert dice(gland, fixed_gland) > 0.9
-        assert all(centroid_distance(warped, fixed) < 1.6 for warped, fixed in landmarks)  # a voxel
+        assert (
+            max(centroid_distance(warped, fixed) for warped, fixed in landmarks) < 2.4
+        )  # mm, 1.5 voxels: the urethra ends thin
 
 
 def test_simpleitk_warps_the_moving_label_by_the_file_alike(cases):
@@ -244,7 +246,8 @@ def test_nothing_is_seen_outside_the_sector(mode):
         margin = pair.probe.margin(*pair.probe.beam(*points.unbind(-1)))
         reach = 1.6 * 3**0.5 * 12.1  # mm: the widest blur has standard deviation 3 voxels and ends after 4 of them
         assert pair.fixed_image[margin < -reach].abs().max() == 0 if (margin < -reach).any() else True
-        outside, inside = pair.fixed_image[margin < -3], pair.fixed_image[margin > 3]
+        sharp = 1.6 * 3  # mm: the standard deviation of the widest blur
+        outside, inside = pair.fixed_image[margin < -sharp], pair.fixed_image[margin > sharp]
         assert len(outside) == 0 or outside.mean() < 0.5 * inside.mean()
         seen += len(outside) > 0
     assert seen >= 3
@@ -305,10 +308,10 @@ def test_any_grid_that_holds_some_of_the_gland_gives_finite_images_and_no_empty_
 
 def test_pairs_of_a_patient_share_the_anatomy_but_not_the_motion(tmp_path):
     sizes = {"fixed_shape": (30, 22, 22), "fixed_spacing": 3.0, "moving_shape": (32, 32, 32), "moving_spacing": 3.0}
-    write_cohort(tmp_path / "new", 8, seed=2, split=(1, 0, 0), pairs_per_patient=3, **sizes)
+    write_cohort(tmp_path / "new", 12, seed=2, split=(1, 0, 0), pairs_per_patient=3, **sizes)
     pairs = datalist(str(tmp_path / "new"), "train", patient_pattern=r"(.*)_\d+$")
     counts = {pair["patient"]: 0 for pair in pairs}
-    assert sorted(counts) == [f"patient{p:06d}" for p in range(8)]
+    assert sorted(counts) == [f"patient{p:06d}" for p in range(12)]
     for pair in pairs:
         counts[pair["patient"]] += 1
         assert pair["case"] == f"{pair['patient']}_{counts[pair['patient']]}"
