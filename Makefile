@@ -1,9 +1,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test bench lint clean
+PAIRS ?= $(wildcard ../shared/data/label_reg_sample)
 
-demo: .venv/installed  ## phantoms, three minutes of training, a table and pictures in demo/
+.PHONY: demo train test bench lint clean
+
+demo: .venv/installed  ## phantoms, and a pair of PAIRS, registered with the weights in models/; pictures in demo/
+	$(BIN)/python -m scripts demo --output_dir demo $(if $(PAIRS),--pairs $(PAIRS))
+
+train: .venv/installed  ## the same after three minutes of training on phantoms; in demo/ likewise
 	$(BIN)/python -m scripts demo --train True --output_dir demo
 
 test: .venv/installed-test  ## the whole test suite

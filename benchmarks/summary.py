@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import bootstrap
@@ -30,6 +32,31 @@ COLUMNS = (
 )
 
 
+class Summary(NamedTuple):
+    """Of some cases; `low` and `high` are the 95 % bootstrap interval of the median, NaN where all values are equal."""
+
+    median: float
+    low: float
+    high: float
+    q1: float
+    q3: float
+    worst: float
+    cases: int
+
+
+def summarise(values: Sequence[float], higher_is_better: bool) -> Summary:
+    """The summary of the values that are not NaN; `cases` of them. NaN throughout where there are none."""
+    known = np.array([v for v in values if not math.isnan(v)])
+    if not len(known):
+        return Summary(*[math.nan] * 6, cases=0)
+    low = high = math.nan
+    if np.ptp(known) > 0:
+        found = bootstrap((known,), np.median, axis=0, method="percentile", rng=np.random.default_rng(0))
+        low, high = found.confidence_interval
+    q1, middle, q3 = np.percentile(known, [25, 50, 75])
+    return Summary(middle, low, high, q1, q3, known.min() if higher_is_better else known.max(), len(known))
+
+
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
@@ -40,18 +67,11 @@ def main() -> None:
     print(f"{len(rows)} cases\n\n| | median | 95 % interval | quartiles | worst | cases |")
     print("| --- | --- | --- | --- | --- | --- |")
     for column in COLUMNS:
-        values = np.array([float(row[column]) for row in rows if row.get(column) not in (None, "")])
-        values = values[~np.isnan(values)]
-        if not len(values):
-            continue
-        low = high = math.nan
-        if np.ptp(values) > 0:
-            found = bootstrap((values,), np.median, axis=0, method="percentile", rng=np.random.default_rng(0))
-            low, high = found.confidence_interval
-        q1, middle, q3 = np.percentile(values, [25, 50, 75])
-        worst = values.min() if column.startswith("dsc") else values.max()
-        numbers = f"{middle:.3g} | {low:.3g} to {high:.3g} | {q1:.3g} to {q3:.3g} | {worst:.3g}"
-        print(f"| {column} | {numbers} | {len(values)} |")
+        values = [float(row[column]) for row in rows if row.get(column) not in (None, "")]
+        s = summarise(values, higher_is_better=column.startswith("dsc"))
+        if s.cases:
+            numbers = f"{s.median:.3g} | {s.low:.3g} to {s.high:.3g} | {s.q1:.3g} to {s.q3:.3g} | {s.worst:.3g}"
+            print(f"| {column} | {numbers} | {s.cases} |")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ class Anatomy:
         self.bend = rng.uniform(2, 0.4 * b)  # of the urethra, mm
         self.urethra = rng.uniform(2.6, 3.6)  # radius, mm
         self.rectum = (rng.normal(0, 2.5), rng.uniform(8, 17), rng.uniform(150, 400))  # offset, radius, curvature, mm
+        self.ends = rng.uniform(0.75, 1.05, 2)  # where base and apex are cut flat, in half-axes
+        self.stroma = rng.uniform(0, 9)  # thickness of what lies before the gland and looks like it, mm
         self.contact = rng.uniform(-6, 1)  # from the egg that the gland would be alone to the rectum, mm
         self.folds = (rng.uniform(0, 0.25), rng.uniform(5, 12), rng.uniform(0, 6), rng.uniform(0.8, 1.4))
         self.wall = rng.uniform(1.5, 3.5)
@@ -141,6 +143,8 @@ class Anatomy:
         offset, round_, _ = self.rectum
         outside = ((x - offset) ** 2 + (y - self._rectal_axis(z)) ** 2).sqrt() - round_ - 0.5
         gland = -torch.logaddexp(-gland, -outside)  # the rectum hollows it from behind
+        base, apex = (c * self.ends).tolist()
+        gland = -torch.logaddexp(-gland, torch.logaddexp(z - base, -apex - z))
         return gland, torch.minimum(zone, gland)
 
     def _rectal_axis(self, z: Tensor) -> Tensor:
@@ -195,6 +199,7 @@ class Anatomy:
             "perineum": perineum,
             "bone": torch.maximum(torch.maximum(muscle - self.obturator, pubis), sacrum),
             "plexus": gland + self.plexus,
+            "stroma": gland + self.stroma * torch.sigmoid((y - 0.3 * b) / 2) * torch.exp(-((x / (0.8 * a)) ** 2)),
             "bladder": _ellipsoid((x - bx, y - by, z - bz), self.bladder),
             "vesicle": _ellipsoid((u, y + 0.8 * b, z - 0.85 * c - tilt * u), (vx, vy, vz)),
             "rectum": rectum,

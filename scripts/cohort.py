@@ -253,7 +253,7 @@ class CohortLoader:
         return volumes
 
 
-class GlandLoader:
+class GlandLoader(CohortLoader):
     """Batches for the network of the learned start: cubes of single volumes, MR and TRUS in equal numbers.
 
     Every second cube is the whole volume, the others are close to the gland, as the first and the second look see it,
@@ -264,40 +264,20 @@ class GlandLoader:
     A batch is a dictionary: `image` and `label` (B, 1, SIDE, SIDE, SIDE), on the device.
 
     Args:
-        dataset: pairs as `scripts.transforms.LoadPaird` leaves them; label 0 is the gland.
-        batch_size: volumes of a batch.
-        epoch_length: batches of a pass.
-        device: where the cohort lives and the batches are made.
+        arguments: those of `CohortLoader`; pairs are as `scripts.transforms.LoadPaird` leaves them, label 0 the gland,
+            and `batch_size` counts volumes.
         augmentation: scale of all the above; 1 is the default, 0 switches it off.
         seed: of the draws.
-        num_workers: processes that read the files.
         left_right: which of the cohort's axes, in the order nearest to RAS, runs from left to right: 0 where headers
             tell the truth, 1 in label-reg's public sample.
-        simulated, share, pool: see `Pool`; a simulated pair is replaced every few batches.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        epoch_length: int,
-        device: torch.device | str,
-        augmentation: float = 1.0,
-        seed: int = 0,
-        num_workers: int = 0,
-        left_right: int = 0,
-        simulated: Dataset | None = None,
-        share: float = 0.0,
-        pool: int = 32,
+        self, *arguments: Any, augmentation: float = 1.0, seed: int = 0, left_right: int = 0, **named: Any
     ) -> None:
-        self.batch_size, self.epoch_length = batch_size, epoch_length
-        self.device, self.augmentation, self.left_right = torch.device(device), augmentation, left_right
-        self.random = np.random.default_rng(seed)
+        super().__init__(*arguments, augmentation=augmentation, seed=seed, **named)
+        self.left_right = left_right
         self.noise = torch.Generator(self.device).manual_seed(seed)
-        self.pool = Pool(dataset, simulated, share, pool, self._keep, num_workers)
-
-    def __len__(self) -> int:
-        return self.epoch_length
 
     def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
         pair = {"simulated": data.get("simulated", False)}

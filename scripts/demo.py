@@ -77,7 +77,7 @@ def show(folder: Path, overlay: Path | None, **settings) -> None:
     shutil.copy(registered / middle["case"] / "overview.png", folder / "overview.png")
     table = format_table(rows)
     (folder / "table.txt").write_text(table + "\n", encoding="utf-8")
-    print(f"\nHeld-out phantoms, at the start → after\n\n{table}\n")
+    print(f"\nHeld-out phantoms, after the start alignment → after the whole registration\n\n{table}\n")
     print(f"Look at {folder / 'overview.png'} (the case of median true error); warped images and fields are in")
     print(f"{registered}. Research use only.")
 

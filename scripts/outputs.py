@@ -108,7 +108,8 @@ def save_overview(
     reorient = Orientation(axcodes="RAS", labels=None)
 
     def ras(volume: Tensor) -> MetaTensor:
-        return reorient(MetaTensor(torch.as_tensor(volume), affine=affine))
+        plain = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
+        return reorient(MetaTensor(plain, affine=affine))
 
     world = ras(moved[0])
     ddf = torch.einsum("ij,j...->i...", torch.linalg.inv(world.affine[:3, :3].double()), world.as_tensor())

@@ -25,11 +25,20 @@ MODES = ("realistic", "randomised")
 # Grey levels 0-255 of each tissue. Their order of brightness differs between MR and TRUS, as it does in patients.
 MR_LEVELS = {"fat": 165, "bowel": 110, "rectus": 60, "muscle": 45, "bone": 70, "levator": 45, "sphincter": 75}
 MR_LEVELS |= {"perineum": 75}
-MR_LEVELS |= {"plexus": 120, "bladder": 225, "vesicle": 140, "rectum": 75, "lumen": 15, "gland": 115, "nodule": 105}
+MR_LEVELS |= {
+    "plexus": 120,
+    "stroma": 95,
+    "bladder": 225,
+    "vesicle": 140,
+    "rectum": 75,
+    "lumen": 15,
+    "gland": 115,
+    "nodule": 105,
+}
 MR_LEVELS |= {"transition_zone": 85, "urethra": 110, "lesion": 55, "cyst": 215, "calcification": 25}
 TRUS_LEVELS = {"fat": 110, "bowel": 90, "rectus": 70, "muscle": 60, "bone": 40, "levator": 70, "sphincter": 90}
 TRUS_LEVELS |= {"perineum": 85}
-TRUS_LEVELS |= {"plexus": 115, "bladder": 15, "vesicle": 60, "rectum": 130, "gland": 110, "nodule": 95}
+TRUS_LEVELS |= {"plexus": 115, "stroma": 75, "bladder": 15, "vesicle": 60, "rectum": 130, "gland": 110, "nodule": 95}
 TRUS_LEVELS |= {"transition_zone": 88, "urethra": 60, "lesion": 70, "cyst": 12, "calcification": 250}
 ECHOES = {"gland": 25, "transition_zone": 14, "bladder": 35}  # of the boundary, in TRUS
 
@@ -300,7 +309,8 @@ def _draw_look(rng: np.random.Generator, levels: Mapping[str, float], wild: bool
     names = list(levels)
     drawn = np.array(list(levels.values())) * np.exp(rng.normal(0, 0.12, len(names))) + rng.normal(0, 5, len(names))
     if mr:
-        drawn[names.index("lumen")] = rng.choice([5, 20, 60, 110])  # gas, stool, collapsed
+        drawn[names.index("lumen")] = rng.choice([5, 20, 60, 90, 110])  # gas, stool, collapsed
+        drawn[names.index("rectum")] = rng.uniform(55, 115)  # the wall may look like the gland
     if not mr:  # soft tissues differ little in TRUS
         drawn = 100 + (drawn - 100) * rng.uniform(0.25, 1)
     if wild:

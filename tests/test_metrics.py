@@ -109,3 +109,20 @@ def test_a_csv_table_keeps_its_rows(tmp_path):
     metrics.write_csv(tmp_path / "new" / "cases.csv", [{"case": "a", "dsc": 0.5}, {"case": "b", "dsc": math.nan}])
     assert (tmp_path / "new" / "cases.csv").read_text().split() == ["case,dsc", "a,0.5", "b,nan"]
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["cases.csv"]
+
+
+def test_the_true_error_is_the_median_distance_in_the_gland_alone():
+    gland = box((4, 9), (5, 10), (5, 10))[0, 0]
+    truth = torch.randn(3, *gland.shape)
+    found = truth + 100.0
+    found[:, gland >= 0.5] = truth[:, gland >= 0.5] + torch.tensor([[2.0], [-1.0], [2.0]])
+    assert metrics.true_error(found, truth, gland) == pytest.approx(3.0, abs=1e-5)
+
+
+def test_folding_is_counted_inside_a_label_when_one_is_given():
+    displacement = torch.zeros(1, 3, 20, 18, 16)
+    displacement[:, 0, 12:] = -2 * torch.arange(8.0).view(1, 8, 1, 1)  # x runs backwards from 12 on
+    affine = torch.eye(4)
+    assert metrics.folded_percent(displacement, affine) > 20
+    assert metrics.folded_percent(displacement, affine, box((3, 8), (3, 9), (3, 9))[0, 0]) == 0
+    assert metrics.folded_percent(displacement, affine, box((14, 17), (3, 9), (3, 9))[0, 0]) == 100

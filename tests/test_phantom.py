@@ -8,8 +8,10 @@ import torch
 from scipy.ndimage import center_of_mass, map_coordinates
 
 from scripts.anatomy import Anatomy, TrueMap
+from scripts.checks import InputError
 from scripts.data import datalist
 from scripts.phantom import MODES, simulate_pair, write_cohort
+from scripts.transforms import LoadPaird
 
 PATIENTS = 10
 FOLDERS = ("moving_images", "fixed_images", "moving_labels", "fixed_labels", "true_ddf")
@@ -349,3 +351,15 @@ def test_pairs_per_patient_below_one_is_refused(tmp_path):
     with pytest.raises(ValueError, match="pairs_per_patient"):
         write_cohort(tmp_path / "new", 5, pairs_per_patient=0)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_true_displacement_is_listed_and_loaded_in_ras(cohort, cases, tmp_path):
+    pairs = datalist(str(cohort), "train")
+    loaded = LoadPaird()(pairs[0])["true_ddf"]
+    points = world(cases[0]["true_ddf"]) + loaded.movedim(0, -1).numpy()
+    np.testing.assert_allclose(points, true_points(cases[0]), atol=1e-4)
+    other = next(p for p in datalist(str(cohort), "test"))
+    cropped = nib.load(other["true_ddf"]).slicer[:-1]
+    nib.save(cropped, tmp_path / "cropped.nii.gz")
+    with pytest.raises(InputError, match="is no displacement on the fixed grid"):
+        LoadPaird()(other | {"true_ddf": str(tmp_path / "cropped.nii.gz")})

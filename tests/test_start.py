@@ -248,3 +248,50 @@ def test_phantoms_without_end_fit_both_loaders_and_item_k_depends_on_seed_and_k_
     planned_pairs = SimulatedPairs(transform=PlanFixedGridd(4.0))
     (batch,) = CohortLoader([], 2, 1, "cpu", simulated=planned_pairs, share=1, pool=2)
     assert batch["image"].shape[:2] == (2, 2) and batch["fixed_label"].amax() > 0
+
+
+def pair_of(spacing):
+    """Two glands in volumes whose voxels are `spacing` mm in both headers, whatever they are in truth."""
+    made = {}
+    for side, size, axes in (("moving", (40, 44, 36), (9, 7, 8)), ("fixed", (44, 40, 38), (8, 8, 6))):
+        affine = turned((spacing,) * 3, 0.2)
+        centre, axes = middle(size, affine), [a * spacing for a in axes]
+        made[f"{side}_image"] = ellipsoid(size, affine, centre, axes)
+        made[f"{side}_label"] = made[f"{side}_image"].clone()
+    return made
+
+
+def test_a_grid_measured_by_the_gland_does_not_depend_on_the_voxel_size_in_the_headers(weights):
+    plan = OntoFixedGridd("gland", "learned")
+    fine, coarse = (plan(FindGlandsd(Bright(), weights)(pair_of(spacing))) for spacing in (0.4, 1.6))
+    assert fine["image"].shape == (4, SIDE, SIDE, SIDE)
+    torch.testing.assert_close(fine["image"], coarse["image"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(fine["spacing"], coarse["spacing"])
+    assert 0.05 < fine["fixed_label"].mean() < 0.3  # the gland is in the cube, and in it whole
+    border = fine["fixed_label"].clone()
+    border[:, 1:-1, 1:-1, 1:-1] = 0
+    assert not border.any()
+
+
+def test_a_fine_volume_is_averaged_onto_a_grid_measured_by_the_gland(weights):
+    made = pair_of(0.4)
+    noise = torch.Generator().manual_seed(0)
+    fine = {}
+    for key, volume in made.items():
+        affine = volume.affine.clone()
+        affine[:3, 3] -= affine[:3, :3] @ torch.full((3,), 0.375, dtype=torch.float64)
+        affine[:3, :3] /= 4  # the same volume in voxels of a quarter of the size
+        data = volume.as_tensor().repeat_interleave(4, 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        if key.endswith("image"):
+            data = data + 0.5 * torch.randn(data.shape, generator=noise)
+        fine[key] = MetaTensor(data, affine=affine)
+    found = FindGlandsd(Bright(), weights)(made)
+    glands = {k: v for k, v in found.items() if k.endswith("gland")}
+    plan = OntoFixedGridd("gland", "learned")
+    plain, averaged = plan(found)["image"], plan(fine | glands)["image"]
+    assert (averaged[:2] - plain[:2]).std() < 0.2  # of noise of 0.5
+
+
+def test_a_grid_measured_by_the_gland_needs_the_learned_start():
+    with pytest.raises(InputError, match="learned"):
+        PlanFixedGridd("gland", "centre")

@@ -1,0 +1,42 @@
+"""The weights in models/: what they are, and that the defaults register with them."""
+
+import csv
+import re
+from statistics import median
+
+import pytest
+import torch
+from conftest import ROOT, flags, run
+
+from scripts.outputs import sha256
+from scripts.phantom import write_cohort
+
+WEIGHTS = ("start.pt", "model.pt")
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_are_small_plain_tensors_whose_hash_the_model_card_names(name):
+    path = ROOT / "models" / name
+    assert path.stat().st_size < 25e6
+    weights = torch.load(path, weights_only=True)
+    assert all(type(value) is torch.Tensor and value.isfinite().all() for value in weights.values())
+    assert sha256(str(path)) in re.findall(r"\b[0-9a-f]{64}\b", (ROOT / "docs" / "README.md").read_text("utf-8"))
+
+
+def test_the_defaults_register_new_phantoms_better_than_their_centres(tmp_path):
+    cohort = write_cohort(tmp_path / "cohort", patients=4, seed=2027, split=(0, 0, 1))
+    medians = {}
+    for name, overlay, more in (
+        ("shipped", [], {}),
+        ("centre", ["start_only.yaml"], {"start": "centre", "spacing": 3.0}),
+    ):
+        files = str([str(ROOT / "configs" / file) for file in ("evaluate.json", *overlay)])
+        settings = {"dataset_dir": cohort, "output_dir": tmp_path / name} | more
+        result = run("monai.bundle", "run", "--config_file", files, *flags(settings), cwd=tmp_path)
+        assert result.returncode == 0, result.stderr[-3000:]
+        with (tmp_path / name / "cases.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        medians[name] = {k: median(float(row[k]) for row in rows) for k in ("dsc", "true_error_mm", "folded_percent")}
+    assert medians["shipped"]["dsc"] > medians["centre"]["dsc"]
+    assert medians["shipped"]["true_error_mm"] < medians["centre"]["true_error_mm"]
+    assert medians["shipped"]["folded_percent"] == 0
