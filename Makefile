@@ -8,7 +8,7 @@ PAIRS ?= $(wildcard ../shared/data/label_reg_sample)
 demo: .venv/installed  ## phantoms, and a pair of PAIRS, registered with the weights in models/; pictures in demo/
 	$(BIN)/python -m scripts demo --output_dir demo $(if $(PAIRS),--pairs $(PAIRS))
 
-train: .venv/installed  ## the same after three minutes of training on phantoms; in demo/ likewise
+train: .venv/installed  ## three minutes of training on phantoms, then others registered; in demo/ likewise
 	$(BIN)/python -m scripts demo --train True --output_dir demo
 
 test: .venv/installed-test  ## the whole test suite

@@ -138,7 +138,7 @@ def demo(
     Args:
         output_dir: the demonstration's own folder; an earlier demonstration in it is replaced.
         pairs: a data set of real pairs with labels; its first pair is registered as well.
-        train: train on phantoms for about three minutes, from nothing, and register with what was learned.
+        train: train the learned start on phantoms for about three minutes, from nothing, and register by it.
         iterations: training steps; the default is that of configs/demo.yaml.
     """
     from scripts.demo import register_phantoms, train_on_phantoms
@@ -150,8 +150,8 @@ def demo(
         register_phantoms(folder, None if pairs is None else str(pairs))
 
 
-def run_config(name: str, overlay: str | Path | None, **settings) -> None:
-    """Run a config of this bundle in this process, as `python -m monai.bundle run` does."""
+def run_config(name: str, *overlays: str | Path | None, **settings) -> None:
+    """Run a config of this bundle in this process, as `python -m monai.bundle run` does; an overlay may be None."""
     import logging
 
     gc.disable()  # while a million objects are imported that live to the end: a second of a cold start
@@ -162,7 +162,7 @@ def run_config(name: str, overlay: str | Path | None, **settings) -> None:
 
     for noisy in ("monai", "ignite", "py.warnings"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    files = [str(ROOT / "configs" / name)] + ([str(Path(overlay).resolve())] if overlay else [])
+    files = [str(ROOT / "configs" / name)] + [str(Path(overlay).resolve()) for overlay in overlays if overlay]
     kind = "train" if name.startswith("train") else "infer"
     workflow = ConfigWorkflow(files, logging_file=False, workflow_type=kind, **settings)
     workflow.initialize()
