@@ -106,15 +106,21 @@ def elastix_sides(moving: Tensor, fixed: Tensor, spacing: float) -> tuple[Callab
     return align, warp
 
 
-def ants_sides(moving: Tensor, fixed: Tensor, spacing: float, folder: str) -> tuple[Callable, Callable]:
-    """ANTs: registers and returns the transform's files, written to `folder`; warps a label by them. Spacing in mm."""
+def ants_sides(
+    moving: Tensor, fixed: Tensor, spacing: float, folder: str, kind: str = "SyNOnly"
+) -> tuple[Callable, Callable]:
+    """ANTs: registers and returns the transform's files, written to `folder`; warps a label by them. Spacing in mm.
+
+    Args:
+        kind: ANTs' name of the transform: "SyNOnly", or "SyN" for an affine registration before it.
+    """
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(torch.get_num_threads())  # read when ants is imported
     import ants
 
     moving_image, fixed_image = (ants.from_numpy(v[0, 0].numpy(), spacing=(spacing,) * 3) for v in (moving, fixed))
 
     def align() -> list[str]:
-        done = ants.registration(fixed_image, moving_image, "SyNOnly", "Identity", outprefix=f"{folder}/")
+        done = ants.registration(fixed_image, moving_image, kind, "Identity", outprefix=f"{folder}/")
         return done["fwdtransforms"]
 
     def warp(transforms: list[str], label: Tensor) -> np.ndarray:

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,31 +22,18 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.classical import ants_sides, elastix_sides  # noqa: E402
+from benchmarks.measure import table  # noqa: E402
 from benchmarks.summary import summarise  # noqa: E402
 from scripts.checks import InputError  # noqa: E402
 from scripts.data import datalist  # noqa: E402
-from scripts.metrics import score_case, write_csv  # noqa: E402
+from scripts.metrics import score_case, warped_away, write_csv  # noqa: E402
 from scripts.transforms import LoadPaird, OntoFixedGridd  # noqa: E402
-
-
-def affine_syn_sides(moving: Tensor, fixed: Tensor, spacing: float, folder: str) -> tuple[Callable, Callable]:
-    """As `ants_sides`, with an affine registration before SyN."""
-    warp = ants_sides(moving, fixed, spacing, folder)[1]
-    import ants  # after `ants_sides`, which sets the number of threads that the import reads
-
-    moving_image, fixed_image = (ants.from_numpy(v[0, 0].numpy(), spacing=(spacing,) * 3) for v in (moving, fixed))
-
-    def align() -> list[str]:
-        return ants.registration(fixed_image, moving_image, "SyN", "Identity", outprefix=f"{folder}/")["fwdtransforms"]
-
-    return align, warp
-
 
 TOOLS = {
     "centre start": None,
     "elastix B-spline": lambda *pair: elastix_sides(*pair[:3]),
     "ANTs SyN": ants_sides,
-    "ANTs affine, then SyN": affine_syn_sides,
+    "ANTs affine, then SyN": partial(ants_sides, kind="SyN"),
 }
 
 
@@ -77,7 +64,7 @@ def rows(pairs: list[dict[str, str]], voxel_size: float | None) -> list[dict]:
             warped = warped_label(tool, images, moving, voxel_size or spacing[0])
             scores, labels = score_case(moving if warped is None else warped, fixed, (1, 1, 1))
             scores = {k.replace("_mm", "_voxels"): v for k, v in scores.items()}
-            empty = sum(not math.isnan(label["dsc"]) and math.isnan(label["distance_mm"]) for label in labels)
+            empty = sum(map(warped_away, labels))
             row = {"case": pair["case"], "tool": tool} | scores | {"empty_warped": empty, "gave_up": warped is None}
             made.append(row)
     return made
@@ -93,16 +80,20 @@ def main() -> None:
     made = rows(datalist(arguments.pairs, "test"), arguments.voxel_size)
     if arguments.output:
         write_csv(arguments.output, made)
-    print("| tool | gland DSC | worst | TRE with gland, voxels | worst | with a TRE | with empty labels | gave up |")
-    print("|" + " --- |" * 8)
+    lines = []
     for tool in TOOLS:
         its = [row for row in made if row["tool"] == tool]
         dsc = summarise([row["dsc"] for row in its], higher_is_better=True)
         tre = summarise([row["tre_with_gland_voxels"] for row in its], higher_is_better=False)
-        cells = [f"{s.median:.{n}f} [{s.low:.{n}f}, {s.high:.{n}f}] | {s.worst:.{n}f}" for s, n in ((dsc, 2), (tre, 1))]
-        cells += [f"{tre.cases} of {len(its)}", *(str(sum(r[k] > 0 for r in its)) for k in ("empty_warped", "gave_up"))]
-        print(f"| {tool} | {' | '.join(cells)} |")
-    print("\nMedian over the pairs [95 % bootstrap interval of the median].")
+        line = {"tool": tool}
+        for name, s, n in (("gland DSC", dsc, 2), ("TRE with gland, voxels", tre, 1)):
+            line |= {name: f"{s.median:.{n}f} [{s.low:.{n}f}, {s.high:.{n}f}]", f"worst {name}": f"{s.worst:.{n}f}"}
+        line["with a TRE"] = f"{tre.cases} of {len(its)}"
+        line |= {
+            name: sum(r[k] > 0 for r in its) for name, k in (("empty labels", "empty_warped"), ("gave up", "gave_up"))
+        }
+        lines.append(line)
+    print(f"{table(lines)}\n\nMedian over the pairs [95 % bootstrap interval of the median].")
 
 
 if __name__ == "__main__":

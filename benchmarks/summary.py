@@ -14,8 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from scipy.stats import bootstrap
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+from scipy.stats import bootstrap  # noqa: E402
+
+from benchmarks.measure import table  # noqa: E402
 
 COLUMNS = (
     "dsc_before",
@@ -64,14 +68,14 @@ def main() -> None:
     for path in map(Path, sys.argv[1:]):
         with path.open(encoding="utf-8") as file:
             rows += csv.DictReader(file)
-    print(f"{len(rows)} cases\n\n| | median | 95 % interval | quartiles | worst | cases |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    lines = []
     for column in COLUMNS:
         values = [float(row[column]) for row in rows if row.get(column) not in (None, "")]
         s = summarise(values, higher_is_better=column.startswith("dsc"))
         if s.cases:
-            numbers = f"{s.median:.3g} | {s.low:.3g} to {s.high:.3g} | {s.q1:.3g} to {s.q3:.3g} | {s.worst:.3g}"
-            print(f"| {column} | {numbers} | {s.cases} |")
+            spread = {"95 % interval": f"{s.low:.3g} to {s.high:.3g}", "quartiles": f"{s.q1:.3g} to {s.q3:.3g}"}
+            lines.append({"": column, "median": s.median, **spread, "worst": s.worst, "cases": s.cases})
+    print(f"{len(rows)} cases\n\n{table(lines)}")
 
 
 if __name__ == "__main__":

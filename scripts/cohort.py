@@ -288,6 +288,7 @@ class GlandLoader(CohortLoader):
                 raise InputError(f"{data['case']}: label 0, the gland, is empty in the {side} image")
             volumes = torch.cat([image - image.min(), gland])  # nothing is darker than what is outside
             pair[side] = MetaTensor(volumes, affine=data[f"{side}_image"].affine)
+            pair[f"{side}_frame"] = frame(data[f"{side}_image"])
             pair[f"{side}_close"] = close_up(data[f"{side}_label"][:1])
         return pair
 
@@ -301,7 +302,7 @@ class GlandLoader(CohortLoader):
     def _draw(self, side: str) -> Tensor:
         """A volume and its gland on a random cube, (1, 2, SIDE, SIDE, SIDE)."""
         pair, strength = self.pool.draw(self.random), self.augmentation
-        centre, axes, length = frame(pair[side])
+        centre, axes, length = pair[f"{side}_frame"]
         near = strength and self.random.random() < 0.5  # as the second look sees it
         if near:
             centre, length = pair[f"{side}_close"]

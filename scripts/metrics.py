@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -98,6 +98,11 @@ def evaluate_labels(warped: Tensor, fixed: Tensor, spacing: Sequence[float]) -> 
     return [{"dsc": d.item(), "distance_mm": c.item()} for d, c in scores]
 
 
+def warped_away(label: Mapping[str, float]) -> bool:
+    """Whether a label's scores, see `evaluate_labels`, say that it is empty after warping."""
+    return not math.isnan(label["dsc"]) and math.isnan(label["distance_mm"])
+
+
 def score_case(
     warped: Tensor, fixed: Tensor, spacing: Sequence[float]
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
@@ -160,7 +165,7 @@ class EvaluationTable:
                 case_before["true_error_mm"] = true_error(start["displacement"], truth, gland)
                 case_after["true_error_mm"] = true_error(item["displacement"], truth, gland)
             name = {"case": item["case"], "patient": item["patient"]}
-            empty = [not math.isnan(label["dsc"]) and math.isnan(label["distance_mm"]) for label in labels_after]
+            empty = [warped_away(label) for label in labels_after]
             for m, (start, end) in enumerate(zip(labels_before, labels_after, strict=True)):
                 self.landmark_rows.append(name | {"label": m} | _before(start) | end | {"empty_warped": empty[m]})
             self.rows.append(

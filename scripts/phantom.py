@@ -24,21 +24,12 @@ from scripts.anatomy import Anatomy, TrueMap
 MODES = ("realistic", "randomised")
 # Grey levels 0-255 of each tissue. Their order of brightness differs between MR and TRUS, as it does in patients.
 MR_LEVELS = {"fat": 165, "bowel": 110, "rectus": 60, "muscle": 45, "bone": 70, "levator": 45, "sphincter": 75}
-MR_LEVELS |= {"perineum": 75}
-MR_LEVELS |= {
-    "plexus": 120,
-    "stroma": 95,
-    "bladder": 225,
-    "vesicle": 140,
-    "rectum": 75,
-    "lumen": 15,
-    "gland": 115,
-    "nodule": 105,
-}
+MR_LEVELS |= {"perineum": 75, "plexus": 120, "stroma": 95, "bladder": 225, "vesicle": 140, "rectum": 75}
+MR_LEVELS |= {"lumen": 15, "gland": 115, "nodule": 105}
 MR_LEVELS |= {"transition_zone": 85, "urethra": 110, "lesion": 55, "cyst": 215, "calcification": 25}
 TRUS_LEVELS = {"fat": 110, "bowel": 90, "rectus": 70, "muscle": 60, "bone": 40, "levator": 70, "sphincter": 90}
-TRUS_LEVELS |= {"perineum": 85}
-TRUS_LEVELS |= {"plexus": 115, "stroma": 75, "bladder": 15, "vesicle": 60, "rectum": 130, "gland": 110, "nodule": 95}
+TRUS_LEVELS |= {"perineum": 85, "plexus": 115, "stroma": 75, "bladder": 15, "vesicle": 60, "rectum": 130}
+TRUS_LEVELS |= {"gland": 110, "nodule": 95}
 TRUS_LEVELS |= {"transition_zone": 88, "urethra": 60, "lesion": 70, "cyst": 12, "calcification": 250}
 ECHOES = {"gland": 25, "transition_zone": 14, "bladder": 35}  # of the boundary, in TRUS
 

@@ -184,6 +184,6 @@ class FindGlandsd(Transform):
             probability = largest_component(self.network(cube).sigmoid()[0, 0].float().cpu())
             if not probability.any():
                 return None
-            gland = MetaTensor(probability[None].clone(), affine=affine)
+            gland = MetaTensor(probability[None], affine=affine)
             centre, length = close_up(gland)
         return gland

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import csv
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -378,7 +376,8 @@ def save_sweep(output: str | Path, swept: SweptVolume) -> Path:
     Raises:
         InputError: the name is not that of a NIfTI file, or cannot be written.
     """
-    from scripts.outputs import save_volume  # a second of MONAI and matplotlib, which reading and geometry need not
+    # a second of MONAI and matplotlib, which reading and geometry need not
+    from scripts.outputs import save_volume, written_together
 
     output = Path(output)
     suffix = next((s for s in (".nii.gz", ".nii") if output.name.endswith(s)), None)
@@ -387,19 +386,11 @@ def save_sweep(output: str | Path, swept: SweptVolume) -> Path:
     mask = output.with_name(output.name.removesuffix(suffix) + "_inside" + suffix)
     affine = swept.affine.cpu().numpy()
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=output.parent))
-    except OSError as error:
-        raise InputError(f"{output.parent}: cannot be written: {error.strerror}") from error
-    try:
-        save_volume(partial / output.name, swept.volume.cpu().numpy(), affine, dtype=np.float32)
-        save_volume(partial / mask.name, swept.inside.cpu().numpy(), affine, dtype=np.uint8)
-        for path in (mask, output):
-            (partial / path.name).replace(path)
+        with written_together(output.parent) as partial:
+            save_volume(partial / mask.name, swept.inside.cpu().numpy(), affine, dtype=np.uint8)
+            save_volume(partial / output.name, swept.volume.cpu().numpy(), affine, dtype=np.float32)
     except OSError as error:
         raise InputError(f"{output}: cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return mask
 
 

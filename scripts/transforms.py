@@ -182,8 +182,7 @@ class PlanFixedGridd(MapTransform):
             return {}
         coarse = {}
         for key in self.key_iterator(data):
-            to_world = plan["start"] @ plan["grid_affine"] if key.startswith("moving") else plan["grid_affine"]
-            coarse[key] = coarsened(data[key], to_world)
+            coarse[key] = coarsened(data[key], grid_to_world(plan, key))
             if key in LABELS:
                 coarse[key] = (coarse[key] >= 0.5).float()
         return coarse
@@ -207,10 +206,14 @@ class PlanFixedGridd(MapTransform):
         return grid_affine, size.int().tolist(), new
 
 
+def grid_to_world(plan: Mapping[Hashable, Tensor], key: str) -> Tensor:
+    """Voxel of the planned working grid -> world of the volume called `key`, shape (4, 4), float64."""
+    return plan["start"] @ plan["grid_affine"] if key.startswith("moving") else plan["grid_affine"]
+
+
 def from_grid(data: Mapping[Hashable, MetaTensor], key: str) -> Tensor:
     """Voxel of the planned working grid -> voxel of the volume `data[key]`, shape (4, 4), float64."""
-    world = data["start"] @ data["grid_affine"] if key.startswith("moving") else data["grid_affine"]
-    return torch.linalg.inv(data[key].affine.double()) @ world
+    return torch.linalg.inv(data[key].affine.double()) @ grid_to_world(data, key)
 
 
 class OntoFixedGridd(PlanFixedGridd):
