@@ -15,6 +15,7 @@ from torch import Tensor
 
 FOCAL = ("lesion", "cyst", "calcification")  # seen by their own contrast
 POLES = ("apex", "base")  # seen only by the shape around them
+WIDER = (0.92, 1.03, 1.0)  # MR over TRUS: the probe flattens the gland, and it gives way to the sides
 
 
 class Anatomy:
@@ -27,10 +28,10 @@ class Anatomy:
     """
 
     def __init__(self, rng: np.random.Generator) -> None:
-        volume = float(np.clip(rng.lognormal(np.log(50), 0.42), 16, 89))  # mL, as in men sent to biopsy
-        ratio = np.array([23, 18, 21]) * np.exp(rng.normal(0, 0.08, 3))
+        volume = float(np.clip(rng.lognormal(np.log(56), 0.42), 16, 110))  # mL, as in men sent to biopsy
+        ratio = np.array([23, 18, 23]) * np.exp(rng.normal(0, 0.08, 3))
         self.axes = tuple((ratio * (volume / (4e-3 / 3 * np.pi * ratio.prod())) ** (1 / 3)).tolist())
-        self.taper = rng.uniform(0.1, 0.3)
+        self.taper = rng.uniform(0.1, 0.4)
         self.shape = rng.normal(0, 0.045, 8).clip(-0.1, 0.1).tolist()
         self.groove = rng.uniform(0, 0.16)
         # benign hyperplasia grows the transition zone: large glands are mostly that
@@ -46,25 +47,25 @@ class Anatomy:
         self.bend = rng.uniform(2, 0.4 * b)  # of the urethra, mm
         self.urethra = rng.uniform(2.6, 3.6)  # radius, mm
         self.rectum = (rng.normal(0, 2.5), rng.uniform(8, 17), rng.uniform(150, 400))  # offset, radius, curvature, mm
-        self.ends = rng.uniform(0.75, 1.05, 2)  # where base and apex are cut flat, in half-axes
-        self.stroma = rng.uniform(0, 9)  # thickness of what lies before the gland and looks like it, mm
-        self.contact = rng.uniform(-6, 1)  # from the egg that the gland would be alone to the rectum, mm
+        self.ends = rng.uniform(0.8, 1.1, 2)  # where base and apex are cut flat, in half-axes
+        self.stroma = (rng.uniform(0, 7), rng.uniform(0, 6))  # before the gland and in its front, thickness in mm
+        self.contact = rng.uniform(-5, 1.5)  # from the egg that the gland would be alone to the rectum, mm
         self.folds = (rng.uniform(0, 0.25), rng.uniform(5, 12), rng.uniform(0, 6), rng.uniform(0.8, 1.4))
         self.wall = rng.uniform(1.5, 3.5)
-        self.bladder = (rng.uniform(20, 36), rng.uniform(15, 28), rng.uniform(7, 24))  # half-axes: empty to full
-        self.bladder_centre = (rng.normal(0, 3), rng.uniform(2, 12), c + self.bladder[2] * rng.uniform(0.75, 0.95))
-        self.pelvis = (a + rng.uniform(4, 11), rng.uniform(0.25, 0.7), rng.uniform(0.1, 0.35))  # half-width, slopes
+        self.bladder = (rng.uniform(18, 36), rng.uniform(12, 26), rng.uniform(6, 24))  # half-axes: empty to full
+        self.bladder_centre = (rng.normal(0, 3), rng.uniform(6, 30), c + self.bladder[2] * rng.uniform(0.75, 1.1))
+        self.pelvis = (a + rng.uniform(2, 11), rng.uniform(0.25, 0.7), rng.uniform(0.2, 0.9))  # half-width, slopes
         self.obturator = rng.uniform(10, 18)  # thickness, mm
-        self.pubis = (rng.uniform(16, 22), b + rng.uniform(12, 20), -c * rng.uniform(0.3, 1.0))
+        self.pubis = (rng.uniform(18, 26), b + rng.uniform(14, 24), -c * rng.uniform(0.3, 1.0))
         self.levator = (
             rng.uniform(9, 14),
             rng.uniform(1.5, 3.5),
             rng.uniform(6, 18),
         )  # low width, thickness, depth below apex
-        self.perineum = (b + rng.uniform(4, 12), c + rng.uniform(2, 10), rng.uniform(-0.6, 0.1) * b)
+        self.perineum = (b + rng.uniform(6, 18), c + rng.uniform(2, 10), rng.uniform(-0.6, 0.1) * b)
         self.vesicle = (rng.uniform(11, 18), rng.uniform(4, 6.5), rng.uniform(4, 8), rng.uniform(0, 0.5))
-        self.plexus = rng.uniform(1.5, 5)  # thickness, mm
-        self.rectus = (b + rng.uniform(24, 42), rng.uniform(6, 12))  # from, thickness, mm
+        self.plexus = (rng.uniform(0.5, 4.5), rng.uniform(0, 14))  # thickness about the gland, more before it, mm
+        self.rectus = (b + rng.uniform(32, 60), rng.uniform(6, 12))  # from, thickness, mm
         self.bowel = c + rng.uniform(12, 40)
 
     def _cloud(self, rng: np.random.Generator | None = None, count: int = 12000) -> tuple[Tensor, Tensor]:
@@ -190,6 +191,8 @@ class Anatomy:
         vx, vy, vz, tilt = self.vesicle
         u = side - 0.85 * vx
         front, thick = self.rectus
+        before, inside = self.stroma
+        ahead = torch.sigmoid((y - 0.3 * b) / 2) * torch.exp(-((x / (0.8 * a)) ** 2))  # of the gland
         depths = {
             "bowel": z - self.bowel,
             "rectus": torch.minimum(torch.minimum(y - front, front + thick - y), z + 0.5 * c),
@@ -198,14 +201,14 @@ class Anatomy:
             "sphincter": sphincter,
             "perineum": perineum,
             "bone": torch.maximum(torch.maximum(muscle - self.obturator, pubis), sacrum),
-            "plexus": gland + self.plexus,
-            "stroma": gland + self.stroma * torch.sigmoid((y - 0.3 * b) / 2) * torch.exp(-((x / (0.8 * a)) ** 2)),
+            "plexus": gland + self.plexus[0] + self.plexus[1] * ahead,
             "bladder": _ellipsoid((x - bx, y - by, z - bz), self.bladder),
             "vesicle": _ellipsoid((u, y + 0.8 * b, z - 0.85 * c - tilt * u), (vx, vy, vz)),
             "rectum": rectum,
             "lumen": rectum - self.wall,
             "gland": gland,
             "transition_zone": zone,
+            "stroma": torch.minimum(gland + before * ahead, (before + inside) * ahead - (gland + before * ahead)),
         }
         if self.nodules:
             balls = [_ball(x, y, z, centre, radius) for centre, radius in self.nodules.items()]
@@ -249,7 +252,7 @@ class TrueMap:
         """
         self.moving_centre = [float(v) for v in moving_centre]
         self.fixed_centre = [float(v) for v in fixed_centre]
-        scales = np.exp((swelling * (rng.normal() + 0.5 * rng.normal(size=3))).clip(-0.5, 0.5))
+        scales = np.exp((swelling * (rng.normal() + 0.5 * rng.normal(size=3))).clip(-0.5, 0.5)) * WIDER
         self.linear = Rotation.from_rotvec(rng.normal(0, rotation, 3), degrees=True).as_matrix() * scales
         self.centres = np.vstack([[rng.normal(0, 3), -gland_depth - 2, rng.normal(0, 5)], rng.normal(0, 13, (5, 3))])
         self.widths = np.vstack([rng.uniform((12, 12, 20), (22, 20, 40)), np.repeat(rng.uniform(9, 17, (5, 1)), 3, 1)])

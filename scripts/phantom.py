@@ -24,11 +24,11 @@ from scripts.anatomy import Anatomy, TrueMap
 MODES = ("realistic", "randomised")
 # Grey levels 0-255 of each tissue. Their order of brightness differs between MR and TRUS, as it does in patients.
 MR_LEVELS = {"fat": 165, "bowel": 110, "rectus": 60, "muscle": 45, "bone": 70, "levator": 45, "sphincter": 75}
-MR_LEVELS |= {"perineum": 75, "plexus": 120, "stroma": 95, "bladder": 225, "vesicle": 140, "rectum": 75}
-MR_LEVELS |= {"lumen": 15, "gland": 115, "nodule": 105}
+MR_LEVELS |= {"perineum": 75, "plexus": 112, "stroma": 80, "bladder": 190, "vesicle": 130, "rectum": 75}
+MR_LEVELS |= {"lumen": 15, "gland": 122, "nodule": 112}
 MR_LEVELS |= {"transition_zone": 85, "urethra": 110, "lesion": 55, "cyst": 215, "calcification": 25}
 TRUS_LEVELS = {"fat": 110, "bowel": 90, "rectus": 70, "muscle": 60, "bone": 40, "levator": 70, "sphincter": 90}
-TRUS_LEVELS |= {"perineum": 85, "plexus": 115, "stroma": 75, "bladder": 15, "vesicle": 60, "rectum": 130}
+TRUS_LEVELS |= {"perineum": 85, "plexus": 140, "stroma": 95, "bladder": 15, "vesicle": 60, "rectum": 130}
 TRUS_LEVELS |= {"gland": 110, "nodule": 95}
 TRUS_LEVELS |= {"transition_zone": 88, "urethra": 60, "lesion": 70, "cyst": 12, "calcification": 250}
 ECHOES = {"gland": 25, "transition_zone": 14, "bladder": 35}  # of the boundary, in TRUS
@@ -300,8 +300,8 @@ def _draw_look(rng: np.random.Generator, levels: Mapping[str, float], wild: bool
     names = list(levels)
     drawn = np.array(list(levels.values())) * np.exp(rng.normal(0, 0.12, len(names))) + rng.normal(0, 5, len(names))
     if mr:
-        drawn[names.index("lumen")] = rng.choice([5, 20, 60, 90, 110])  # gas, stool, collapsed
-        drawn[names.index("rectum")] = rng.uniform(55, 115)  # the wall may look like the gland
+        drawn[names.index("lumen")] = rng.choice([5, 10, 20, 60, 100])  # gas, stool, collapsed
+        drawn[names.index("rectum")] = rng.uniform(45, 110)  # the wall may look like the gland
     if not mr:  # soft tissues differ little in TRUS
         drawn = 100 + (drawn - 100) * rng.uniform(0.25, 1)
     if wild:
@@ -309,7 +309,7 @@ def _draw_look(rng: np.random.Generator, levels: Mapping[str, float], wild: bool
         drawn = share * rng.uniform(0, 255, len(names)) + (1 - share) * drawn
     kept = {n: float(v) for n, v in zip(names, drawn, strict=True) if not wild or n == "fat" or rng.random() > 0.15}
     heavy = rng.random() < 0.5  # as the public sample, smoothed for anonymity; else as scanners give it
-    blur = rng.uniform(0, 2.5) if wild else rng.uniform(1, 2.2) if heavy else rng.uniform(0.3, 0.8)
+    blur = rng.uniform(0, 2.5) if wild else rng.uniform(1, 2.4) if heavy else rng.uniform(0.3, 0.8)
     strength = rng.uniform(0, 2.5) if wild else rng.uniform(0.6, 1.3)
     dark = rng.random() < (0.4 if wild else 0.75 if mr else 0)
     bordered = wild and rng.random() < 0.3
@@ -360,11 +360,12 @@ def _render_trus(
     level = _paint(noise, look, depths, shape, spacing)
     across, ahead, distance = probe.beam(*points)
     # the machine's settings come from the noise's generator, since nothing else depends on them
-    near, decay, loss, sides, echoes = torch.rand(5, generator=noise, device=noise.device).tolist()
+    near, decay, loss, sides, echoes, tilt = torch.rand(6, generator=noise, device=noise.device).tolist()
     for name, echo in ECHOES.items():
         level += echo * echoes * _ridge(depths[name] / 1.5)
     from_surface = (distance - probe.radius).clamp_min(0)
-    level += (50 + 120 * near) * torch.exp(-from_surface / (6 + 12 * decay))
+    level += (50 + 120 * near) * torch.exp(-from_surface / (8 + 16 * decay))
+    level -= (1.6 * tilt - 0.4) * (points[2] - probe.position[2])  # less contact towards the base
     level -= 1.3 * loss * from_surface * (1 + 0.5 * sides * (across / distance.clamp_min(1)) ** 2)
     for centre, radius, lost in focal:
         c_across, c_ahead, c_distance = (v.item() for v in probe.beam(*torch.tensor(centre)[:, None]))
