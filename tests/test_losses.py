@@ -4,16 +4,19 @@ import numpy as np
 import pytest
 import torch
 from monai.losses import DiffusionLoss
-from scipy.ndimage import correlate1d
+from scipy.ndimage import correlate1d, map_coordinates
 from torch.nn import functional as F
 
 from scripts.fields import warp
 from scripts.losses import (
     PAPER_SCALES,
     BendingEnergy,
+    FoldingPenalty,
     LabelDrivenLoss,
     MultiscaleCrossEntropyLoss,
     MultiscaleDiceLoss,
+    PrefilteredLoss,
+    WeightedSum,
     gaussian_matrix,
 )
 
@@ -362,6 +365,65 @@ def test_the_l2_variant_is_the_mean_squared_central_first_difference():
     assert DiffusionLoss()(torch.from_numpy(ddf)).item() == pytest.approx((x**2 + y**2 + z**2).mean(), rel=1e-12)
 
 
+def folding_field():
+    """(1, 3, 12, 6, 7): x + u(x) runs backwards between 6 and 9, nothing moves along y and z."""
+    x = torch.from_numpy(grid(12, 6, 7)[0])
+    ddf = torch.zeros(1, 3, 12, 6, 7, dtype=torch.float64)
+    ddf[:, 0] = -3 * (x - 6).clip(0, 3)
+    return ddf
+
+
+@pytest.mark.parametrize(
+    "displacement",
+    [
+        lambda p: 0 * p,
+        lambda p: np.einsum("ij,jxyz->ixyz", [[0.4, 0.3, 0], [0, -0.5, 0.2], [0.1, 0, 0.2]], p),
+        lambda p: np.sin(p[::-1] / 2),
+        lambda p: np.stack([-2 * p[0], -2 * p[1], 0 * p[2]]),  # half a turn about z, which folds nothing
+    ],
+    ids=["none", "affine", "smooth", "half a turn"],
+)
+def test_a_field_that_does_not_fold_is_not_penalised_and_gets_no_gradient(displacement):
+    value, gradient = value_and_gradient(FoldingPenalty(), torch.from_numpy(displacement(grid(9, 7, 8)))[None])
+    assert value == 0 and not gradient.any()
+
+
+def test_a_folding_field_has_the_penalty_computed_by_hand():
+    # det J = 1 + du/dx is −1/2, −2, −2, −1/2 at x = 6..9 of the inner x = 1..10, and 1 elsewhere
+    ddf = folding_field()
+    assert FoldingPenalty()(ddf).item() == pytest.approx(5 / 10)
+    assert FoldingPenalty()(torch.cat([ddf, 0 * ddf])).item() == pytest.approx(5 / 20)
+    mirrored = torch.from_numpy(-2 * grid(5, 6, 7) * np.array([0, 1, 0]).reshape(3, 1, 1, 1))[None]
+    assert FoldingPenalty()(mirrored).item() == pytest.approx(1)
+
+
+def test_the_gradient_of_the_folding_penalty_is_right_and_unfolds():
+    ddf = 2 * torch.randn(1, 3, 5, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(FoldingPenalty(), ddf.requires_grad_())
+    ddf = folding_field().requires_grad_()
+    optimizer = torch.optim.Adam([ddf], lr=0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        penalty = FoldingPenalty()(ddf)
+        penalty.backward()
+        optimizer.step()
+    assert penalty == 0
+
+
+def test_regularisers_are_added_by_their_weights():
+    ddf, _ = objective_inputs()
+    total = WeightedSum([BendingEnergy(), FoldingPenalty()], [0.5, 3])(ddf)
+    torch.testing.assert_close(total, 0.5 * BendingEnergy()(ddf) + 3 * FoldingPenalty()(ddf), rtol=1e-12, atol=0)
+    assert FoldingPenalty()(ddf) > 0
+
+
+def test_regularisers_without_their_weights_and_fields_too_small_to_fold_are_refused():
+    with pytest.raises(ValueError, match="as many weights"):
+        WeightedSum([BendingEnergy(), FoldingPenalty()], [1])
+    with pytest.raises(ValueError, match="at least 3 voxels"):
+        FoldingPenalty()(torch.zeros(1, 3, 9, 2, 9))
+
+
 def objective_inputs(dtype=torch.float64):
     moving, fixed = labels(batch=2, dtype=dtype)
     ddf = torch.randn(2, 3, *SIZE, dtype=dtype, generator=torch.Generator().manual_seed(0))
@@ -417,3 +479,64 @@ def test_a_half_precision_ddf_is_warped_and_regularised_in_float32(half):
     LabelDrivenLoss(similarity, regulariser)(ddf.to(half), targets)
     assert seen["ddf"].dtype == seen["warped"].dtype == torch.float32
     assert torch.equal(seen["warped"], warp(targets["moving_label"], ddf.to(half).float()))
+
+
+def prefiltered_numpy(moving, fixed, ddf, spacing, scales=PAPER_SCALES):
+    """1 − the mean Dice of the filtered fixed and the warped filtered moving label, one pair of volumes (X, Y, Z)."""
+    points, total = np.indices(moving.shape) + ddf, 0
+    for scale in scales:
+        a, b = filter_numpy(fixed, scale, spacing), filter_numpy(moving, scale, spacing)
+        b = map_coordinates(b, points, order=1, mode="grid-constant", cval=0.0)
+        total += 2 * (a * b).sum() / (a.sum() + b.sum())
+    return 1 - total / len(scales)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_the_prefiltered_loss_filters_both_labels_then_warps_then_takes_dice(dtype, tolerance):
+    ddf, targets = objective_inputs(dtype)
+    targets["spacing"] = torch.tensor(SPACINGS, dtype=torch.float64)
+    arrays = [x.double().numpy() for x in (targets["moving_label"][:, 0], targets["fixed_label"][:, 0], ddf)]
+    expected = np.mean([prefiltered_numpy(*pair, s) for *pair, s in zip(*arrays, SPACINGS, strict=True)])
+    found = PrefilteredLoss(BendingEnergy(), alpha=0)(ddf, targets)
+    assert found.item() == pytest.approx(expected, rel=tolerance)
+    after = LabelDrivenLoss(MultiscaleDiceLoss(), BendingEnergy(), alpha=0)(ddf, targets)
+    assert abs(found - after) > 1e-4  # filtering and warping do not commute
+    regularised = PrefilteredLoss(BendingEnergy(), alpha=0.5)(ddf, targets)
+    assert (regularised - found).item() == pytest.approx(0.5 * BendingEnergy()(ddf).item(), rel=10 * tolerance)
+
+
+@pytest.mark.parametrize("displaced", [0, 1])
+def test_the_prefiltered_loss_is_multiscale_dice_without_filters_or_without_displacement(displaced):
+    ddf, targets = objective_inputs()
+    targets["spacing"] = torch.tensor(SPACINGS, dtype=torch.float64)
+    scales = [0] if displaced else PAPER_SCALES
+    before = PrefilteredLoss(BendingEnergy(), 0.3, scales)(displaced * ddf, targets)
+    after = LabelDrivenLoss(MultiscaleDiceLoss(scales), BendingEnergy(), 0.3)(displaced * ddf, targets)
+    torch.testing.assert_close(before, after, rtol=1e-12, atol=0)
+
+
+def test_the_gradient_of_the_prefiltered_loss_is_right():
+    moving, fixed = labels(size=(5, 7, 6))
+    targets = {"moving_label": moving, "fixed_label": fixed, "spacing": torch.full((1, 3), 0.8)}
+    ddf = torch.randn(1, 3, 5, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss = PrefilteredLoss(BendingEnergy(), 0.1, (0, 1, 2))
+    assert torch.autograd.gradcheck(lambda u: loss(u, targets), ddf.requires_grad_())
+
+
+def test_the_prefiltered_loss_draws_labels_far_apart_together():
+    moving, fixed = torch.zeros(2, 1, 1, 40, 8, 8, dtype=torch.float64)
+    moving[:, :, 2:6, 2:6, 2:6] = fixed[:, :, 26:30, 2:6, 2:6] = 1
+    targets = {"moving_label": moving, "fixed_label": fixed, "spacing": torch.full((1, 3), 0.8)}
+    shift = torch.zeros(1, 3, 1, 1, 1, dtype=torch.float64, requires_grad=True)
+    PrefilteredLoss(BendingEnergy())(shift.expand(1, 3, 40, 8, 8), targets).backward()
+    assert shift.grad[0, 0, 0, 0, 0] > 0  # the moving label lies at lower x, and the field pulls
+
+
+def test_the_prefiltered_loss_takes_a_half_precision_ddf_and_refuses_labels_of_wrong_shape():
+    ddf, targets = objective_inputs(torch.float32)
+    loss = PrefilteredLoss(BendingEnergy())
+    assert torch.equal(loss(ddf.bfloat16(), targets), loss(ddf.bfloat16().float(), targets))
+    with pytest.raises(ValueError, match="one shape"):
+        loss(ddf, targets | {"fixed_label": targets["fixed_label"][:1]})
+    with pytest.raises(ValueError, match="spacing"):
+        loss(ddf, targets | {"spacing": torch.ones(3)})
