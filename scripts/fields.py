@@ -118,6 +118,48 @@ def warp(image: Tensor, ddf: Tensor, mode: str = "bilinear", padding_mode: str =
     return _sample(image, torch.stack(axes[::-1], dim=-1), mode, padding_mode)
 
 
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """The DDF of two warps, one after the other: ``warp(warp(image, first), second)`` in one interpolation.
+
+    ``composed(p) = second(p) + first(p + second(p))``; beyond the grid `first` has the values of its border.
+
+    Args:
+        first, second: shape (B, 3, X, Y, Z), voxels of one grid.
+
+    Returns:
+        Shape (B, 3, X, Y, Z), voxels.
+
+    Raises:
+        ValueError: the fields are not on one grid.
+    """
+    return second + warp(first, second, padding_mode="border")
+
+
+def affine_field(affine: Tensor, size: list[int]) -> Tensor:
+    """The DDF of an affine map A of the coordinates q in [-1, 1] between a grid's outer faces: A q − q, in voxels.
+
+    One unit along an axis of n voxels is n/2 of them, so on an anisotropic grid each axis has its own. TorchScript
+    compiles it.
+
+    Args:
+        affine: shape (B, 3, 4), order x, y, z; the last column is the translation.
+        size: voxels along x, y, z.
+
+    Returns:
+        Shape (B, 3, *size), voxels.
+    """
+    change = affine - torch.eye(3, 4, dtype=affine.dtype, device=affine.device)
+    field = change[:, :, 3].view(-1, 3, 1, 1, 1)
+    for axis in range(3):
+        n = size[axis]
+        shape = [1, 1, 1, 1, 1]
+        shape[2 + axis] = n
+        centres = (2 * torch.arange(n, dtype=affine.dtype, device=affine.device) + 1) / n - 1
+        field = field + change[:, :, axis].view(-1, 3, 1, 1, 1) * centres.view(shape)
+    half = torch.tensor(size, dtype=affine.dtype, device=affine.device) / 2
+    return field * half.view(1, 3, 1, 1, 1)
+
+
 def jacobian_determinant(displacement: Tensor, affine: Tensor | None = None) -> Tensor:
     """det(∂(p + u)/∂p) at interior voxels by central differences; ≤ 0 where the field folds (Fig. 10).
 

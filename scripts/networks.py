@@ -1,7 +1,8 @@
-"""The summed-DDF network of Hu et al. (MedIA 2018), §2.3 and Fig. 4."""
+"""The networks of Hu et al. (MedIA 2018): summed-DDF (§2.3, Fig. 4), Global-Net and Composite-Net (§3.2.2)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from scripts.fields import affine_field, compose, warp
 
 LEVELS = 4  # down-samplings; the deepest feature map is 2**LEVELS times coarser than the input
 BN_EPS = 1e-3  # label-reg; the paper is silent
@@ -172,7 +175,63 @@ class Summand(nn.Module):
             return resize_and_crop(self.conv(x.float()), size, low, kept)
 
 
-class SummedDDFNet(nn.Module):
+class Encoder(nn.Module):
+    """The encoder that the networks share (Fig. 4): four down-samplings, then one convolution at the deepest level.
+
+    Args:
+        initial_channels: channels of level 0; level k has 2**k times as many.
+        checkpointing, in_channels: as in `SummedDDFNet`.
+    """
+
+    def __init__(self, initial_channels: int, checkpointing: bool, in_channels: int) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.unit = 2**LEVELS  # the network's inner sizes are multiples of this
+        self.channels = [initial_channels * 2**k for k in range(LEVELS + 1)]  # of each level
+        into = [in_channels, *self.channels]
+        self.down = nn.ModuleList(DownBlock(into[k], into[k + 1], kernel=3 if k else 7) for k in range(LEVELS))
+        self.deep = conv_bn(*self.channels[-2:])
+
+    def _start_as_xavier(self) -> None:
+        """Xavier weights for every convolution there is so far."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
+                nn.init.xavier_uniform_(module.weight)
+
+    def _lay_out(self) -> None:
+        """Choose the memory layout of the weights, which the features follow."""
+        if self.channels[0] >= 16:  # with fewer channels the default layout is faster on a CPU
+            self.to(memory_format=torch.channels_last_3d)
+
+    def padded(self, image: Tensor) -> tuple[Tensor, list[int]]:
+        """The image in the middle of zeros, its sides multiples of 16, and the voxel where it begins on each axis."""
+        padding = [(-n) % self.unit for n in image.shape[2:]]
+        low = [p // 2 for p in padding]
+        sides = [low[2], padding[2] - low[2], low[1], padding[1] - low[1], low[0], padding[0] - low[0]]
+        return F.pad(image, sides), low  # zero is the mean of a normalised image
+
+    def encode(self, image: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The deepest feature map and the skips of levels 0, 1, …; `image` as `padded` gives it."""
+        skips: list[Tensor] = []
+        x = image
+        for down in self.down:
+            if torch.jit.is_scripting():
+                x, skip = down(x)
+            else:
+                x, skip = self._block(down, x)
+            skips.append(skip)
+        return F.relu(self.deep(x)), skips
+
+    @torch.jit.unused
+    def _block(self, block: nn.Module, *inputs: Tensor):
+        """Run a block, or in training mark it to be computed again in the backward pass."""
+        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
+            return block(*inputs)
+        again = lambda: (nullcontext(), _statistics_counted_already(block))  # noqa: E731
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=again)
+
+
+class SummedDDFNet(Encoder):
     """Moving and fixed image -> dense displacement field, the sum of the summands δ_k (Hu et al. 2018, §2.3, Fig. 4).
 
     The field is in voxels of the input grid, order x, y, z, and pulls: ``warped(p) = moving(p + ddf(p))``. At
@@ -184,6 +243,9 @@ class SummedDDFNet(nn.Module):
         additive: trilinear additive up-sampling in the decoder; False is the paper's ablation.
         skip_in_shortcut_only: label-reg's code adds the skip only to the shortcut of the decoder's residual unit,
             Fig. 4 adds it before the unit (the default).
+        composed: compose the summands instead of adding them, which §5 proposes; coarse first: δ_4 warps the moving
+            image, δ_3 the result, and so on down to δ_0. Values beyond the grid are its border's. Cannot be exported
+            to TorchScript.
         in_channels: 2, the moving and the fixed image; 4 with the glands found in them.
         checkpointing: in training keep only what enters each block and compute the rest again in the backward pass:
             less memory, about a third more time, the same gradients.
@@ -196,6 +258,8 @@ class SummedDDFNet(nn.Module):
         torch.Size([1, 3, 20, 31, 17])
     """
 
+    __constants__ = ["composed"]  # TorchScript then leaves out the branch that is not taken
+
     def __init__(
         self,
         initial_channels: int = 32,
@@ -204,38 +268,24 @@ class SummedDDFNet(nn.Module):
         skip_in_shortcut_only: bool = False,
         checkpointing: bool = False,
         in_channels: int = 2,
+        composed: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(initial_channels, checkpointing, in_channels)
         if not summands or len(set(summands)) != len(summands) or not set(summands) <= set(range(LEVELS + 1)):
             raise ValueError(f"summands must be distinct levels out of 0..{LEVELS}, got {tuple(summands)}")
-        self.checkpointing = checkpointing
-        self.unit = 2**LEVELS  # the network's inner sizes are multiples of this
-        n = [initial_channels * 2**k for k in range(LEVELS + 1)]
-        into = [in_channels, *n]
-        self.down = nn.ModuleList(DownBlock(into[k], n[k], kernel=3 if k else 7) for k in range(LEVELS))
-        self.deep = conv_bn(n[LEVELS - 1], n[LEVELS])
+        self.composed = composed
+        n = self.channels
         lowest = min(summands)  # decoder levels that no summand needs are not built
         self.up = nn.ModuleList(
             UpBlock(n[k], additive, skip_in_shortcut_only) for k in range(LEVELS - 1, lowest - 1, -1)
         )
-        for module in self.modules():
-            if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
-                nn.init.xavier_uniform_(module.weight)
+        self._start_as_xavier()
         self.summands = nn.ModuleList(Summand(n[k], k) for k in sorted(summands, reverse=True))
-        if initial_channels >= 16:  # with fewer channels the default layout is faster on a CPU
-            self.to(memory_format=torch.channels_last_3d)  # the features follow the weights
+        self._lay_out()
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Feature maps of levels 4, 3, … down to the lowest summand; `image` (B, 2, X, Y, Z), sides multiples of 16."""
-        skips: list[Tensor] = []
-        x = image
-        for down in self.down:
-            if torch.jit.is_scripting():
-                x, skip = down(x)
-            else:
-                x, skip = self._block(down, x)
-            skips.append(skip)
-        x = F.relu(self.deep(x))
+        x, skips = self.encode(image)
         features = [x]
         for i, up in enumerate(self.up):
             skip = skips[len(skips) - 1 - i]
@@ -246,21 +296,10 @@ class SummedDDFNet(nn.Module):
             features.append(x)
         return features
 
-    @torch.jit.unused
-    def _block(self, block: nn.Module, *inputs: Tensor):
-        """Run a block, or in training mark it to be computed again in the backward pass."""
-        if not (self.checkpointing and self.training and torch.is_grad_enabled()):
-            return block(*inputs)
-        again = lambda: (nullcontext(), _statistics_counted_already(block))  # noqa: E731
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=again)
-
     def displacement_summands(self, image: Tensor) -> list[Tensor]:
-        """The fields δ_k before their sum, deepest level first: each (B, 3, X, Y, Z), voxels of the input grid."""
-        size, unit = list(image.shape[2:]), self.unit
-        padding = [(-n) % unit for n in size]
-        low = [p // 2 for p in padding]
-        sides = [low[2], padding[2] - low[2], low[1], padding[1] - low[1], low[0], padding[0] - low[0]]
-        image = F.pad(image, sides)  # zero is the mean of a normalised image
+        """The fields δ_k before they are joined, deepest level first: each (B, 3, X, Y, Z), voxels of the grid."""
+        size = list(image.shape[2:])
+        image, low = self.padded(image)
         padded = list(image.shape[2:])
         features = self.features(image)
         fields: list[Tensor] = []
@@ -282,8 +321,98 @@ class SummedDDFNet(nn.Module):
         fields = self.displacement_summands(image)
         ddf = fields[0]
         for field in fields[1:]:
-            ddf = ddf + field
+            if self.composed:
+                ddf = compose(ddf, field)
+            else:
+                ddf = ddf + field
         return ddf
+
+
+class GlobalNet(Encoder):
+    """Moving and fixed image -> the DDF of one affine map: Global-Net (Hu et al. 2018, §3.2.2), the encoder and a fully
+    connected layer from its deepest features to 12 parameters.
+
+    The map acts on the grid's coordinates in [-1, 1]³ (`scripts.fields.affine_field`), as the augmentation does:
+    there the twelve parameters matter alike at every size, while in voxels, as label-reg counts from a corner, a
+    translation would take as many steps as a change of shape that moves the far corner a hundred times farther. The
+    weights start at zero and the bias at the identity, so the first field is zero.
+
+    The paper has one input size and connects every deepest feature. Here sizes differ, so the deepest map is first
+    averaged onto `deep_size`, which keeps where things are. The default is the deepest map of grids from 81 × 113 × 81
+    to 96 × 128 × 96 voxels, a transrectal volume at 0.8 mm: there nothing is averaged and the layer is the paper's.
+
+    Args:
+        initial_channels: channels of level 0; the paper's 8.
+        deep_size: what the deepest map is averaged onto, along x, y, z; where it is smaller, values are repeated.
+        checkpointing, in_channels: as in `SummedDDFNet`.
+
+    Example:
+        >>> GlobalNet()(torch.rand(2, 2, 20, 31, 17)).shape
+        torch.Size([2, 3, 20, 31, 17])
+    """
+
+    def __init__(
+        self,
+        initial_channels: int = 8,
+        deep_size: Sequence[int] = (6, 8, 6),
+        checkpointing: bool = False,
+        in_channels: int = 2,
+    ) -> None:
+        super().__init__(initial_channels, checkpointing, in_channels)
+        self._start_as_xavier()
+        self.deep_size = list(deep_size)
+        self.connected = nn.Linear(self.channels[-1] * math.prod(deep_size), 12)
+        nn.init.zeros_(self.connected.weight)
+        with torch.no_grad():
+            self.connected.bias.copy_(torch.eye(3, 4).flatten())
+        self._lay_out()
+
+    def _connect(self, deep: Tensor) -> Tensor:
+        return self.connected(F.adaptive_avg_pool3d(deep.float(), self.deep_size).flatten(1)).view(-1, 3, 4)
+
+    def affine(self, image: Tensor) -> Tensor:
+        """The affine map A, fixed -> moving coordinates in [-1, 1]³, shape (B, 3, 4); `image` as in `forward`."""
+        deep, _ = self.encode(self.padded(image)[0])
+        # in float32, as the summands
+        if torch.jit.is_scripting():
+            return self._connect(deep)
+        with torch.autocast(deep.device.type, enabled=False):
+            return self._connect(deep)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """DDF of an image pair; argument and result as in `SummedDDFNet.forward`."""
+        return affine_field(self.affine(image), list(image.shape[2:]))
+
+
+class CompositeNet(nn.Module):
+    """Composite-Net (§3.2.2): Global-Net warps the moving image, a local network sees the warped and the fixed image.
+
+    The paper says that the two fields are composed; label-reg and NiftyNet add them, which is the default here.
+    Cannot be exported to TorchScript.
+
+    Args:
+        global_net: gives the first field (B, 3, X, Y, Z), as `GlobalNet`.
+        local_net: gives the second, as `SummedDDFNet` with summand δ_0 alone.
+        composed: compose the fields: one warp by the global, then one by the local field.
+    """
+
+    def __init__(self, global_net: nn.Module, local_net: nn.Module, composed: bool = False) -> None:
+        super().__init__()
+        self.global_net = global_net
+        self.local_net = local_net
+        self.composed = composed
+
+    def displacement_parts(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The global and the local field, each (B, 3, X, Y, Z) in voxels; `image` as in `forward`."""
+        whole = self.global_net(image)
+        moving, fixed = image[:, 0::2], image[:, 1::2]  # images, and their glands
+        warped = warp(moving, whole, padding_mode="border")
+        return whole, self.local_net(torch.stack([warped, fixed], dim=2).flatten(1, 2))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """DDF of an image pair; argument and result as in `SummedDDFNet.forward`."""
+        whole, local = self.displacement_parts(image)
+        return compose(whole, local) if self.composed else whole + local
 
 
 class NoField(nn.Module):

@@ -125,6 +125,12 @@ def test_each_overlay_trains_two_steps(name, cohort, tmp_path):
     assert math.isfinite(workflow.trainer.state.output[0]["loss"])
 
 
+@pytest.mark.parametrize(("name", "alpha"), [("variant_global_net", 0), ("variant_composite_net", 0.5)])
+def test_affine_networks_train_with_the_papers_learning_rate_and_alpha(name, alpha):
+    settings = ConfigParser.load_config_files([str(CONFIGS / "train.json"), str(CONFIGS / f"{name}.yaml")])
+    assert (settings["learning_rate"], settings["alpha"]) == (1e-6, alpha)
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.[jy]*")), ids=lambda p: p.name)
 def test_each_config_is_read_where_text_is_ascii(path):
     # MONAI opens configs in the locale's encoding, and reading or writing DICOM can leave a process in the C locale

@@ -5,6 +5,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from monai.networks.blocks import Warp
+from scipy.ndimage import map_coordinates
 
 from scripts import fields
 
@@ -53,6 +54,64 @@ def test_no_displacement_is_the_identity(mode, padding_mode):
     image = random(1, 2, 9, 1, 8)
     warped = fields.warp(image, torch.zeros(1, 3, 9, 1, 8, dtype=torch.float64), mode, padding_mode)
     torch.testing.assert_close(warped, image, rtol=1e-12, atol=1e-12)
+
+
+def test_composed_fields_are_one_after_the_other_at_random_points():
+    first, second = random(2, 3, 9, 7, 8, scale=2.0), random(2, 3, 9, 7, 8, seed=1, scale=2.0)
+    found, generator = fields.compose(first, second).numpy(), np.random.default_rng(0)
+    for b in range(2):
+        for p in generator.integers(0, (9, 7, 8), size=(50, 3)):
+            step = second[b, :, *p].numpy()
+            at = [map_coordinates(c, (p + step)[:, None], order=1, mode="nearest")[0] for c in first[b].numpy()]
+            np.testing.assert_allclose(found[b, :, *p], step + at, rtol=0, atol=1e-10)
+
+
+def test_composing_with_no_displacement_changes_nothing_and_constants_add():
+    field, none = random(1, 3, 6, 7, 5), torch.zeros(1, 3, 6, 7, 5, dtype=torch.float64)
+    for composed in (fields.compose(field, none), fields.compose(none, field)):
+        torch.testing.assert_close(composed, field, rtol=1e-12, atol=1e-12)
+    shifts = [random(1, 3, 1, 1, 1, seed=s, scale=4).expand_as(none) for s in (0, 1)]
+    torch.testing.assert_close(fields.compose(*shifts), sum(shifts), rtol=1e-12, atol=1e-12)
+
+
+def test_warping_by_the_composed_field_is_warping_twice():
+    x = torch.from_numpy(world(matrix(np.eye(3)), (12, 13, 11)))[None]
+    image = (x * torch.tensor([1.0, -2, 0.5]).view(3, 1, 1, 1)).sum(1, keepdim=True)  # linear: interpolates exactly
+    first, second = 0.3 * torch.sin(x.flip(1) / 3), 0.4 * torch.cos(x / 2)
+    found = fields.warp(image, fields.compose(first, second))
+    twice = fields.warp(fields.warp(image, first), second)
+    inside = (..., slice(2, -2), slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(found[inside], twice[inside], rtol=0, atol=1e-10)
+    other = fields.warp(image, fields.compose(second, first))
+    assert (other - twice)[inside].abs().max() > 0.05
+
+
+def test_an_affine_field_is_the_affine_map_of_voxel_coordinates_on_an_anisotropic_grid():
+    size = np.array([9, 14, 5])
+    generator = np.random.default_rng(0)
+    affine = np.eye(3, 4) + generator.normal(size=(2, 3, 4), scale=0.2)
+    found = fields.affine_field(torch.from_numpy(affine), size.tolist()).numpy()
+    for b in range(2):
+        for p in np.ndindex(*size):
+            q = (2 * np.array(p) + 1) / size - 1
+            moved = affine[b, :, :3] @ q + affine[b, :, 3]
+            np.testing.assert_allclose(p + found[b, :, *p], ((moved + 1) * size - 1) / 2, rtol=0, atol=1e-12)
+
+
+def test_affine_fields_mirror_turn_and_shift_an_image():
+    image = random(1, 1, 7, 7, 4)
+
+    def warped(linear, shift=(0, 0, 0)):
+        affine = torch.tensor(np.c_[np.array(linear, dtype=float), shift])[None]
+        return fields.warp(image, fields.affine_field(affine, [7, 7, 4]), padding_mode="border")
+
+    close = {"rtol": 0, "atol": 1e-12}
+    assert not fields.affine_field(torch.eye(3, 4)[None], [7, 7, 4]).any()
+    torch.testing.assert_close(warped(np.diag([1, 1, -1])), image.flip(4), **close)
+    turned = image.flip(3).transpose(2, 3)  # at (x, y) the value of (y, −x)
+    torch.testing.assert_close(warped([[0, 1, 0], [-1, 0, 0], [0, 0, 1]]), turned, **close)
+    shifted = warped(np.eye(3), (0, 0, 2 / 4))  # a quarter of the four voxels along z
+    torch.testing.assert_close(shifted[..., :-1], image[..., 1:], **close)
 
 
 def test_a_ddf_pulls_along_x_y_z_in_voxels():

@@ -1,10 +1,12 @@
 """The network is the one of Fig. 4: a literal transcription on its own weights gives the same displacement field."""
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 from torch.nn import functional as F
 
-from scripts.networks import ConvBN, SummedDDFNet, additive_upsampling
+from scripts.networks import CompositeNet, ConvBN, GlobalNet, SummedDDFNet, additive_upsampling
 
 ALL = (0, 1, 2, 3, 4)
 LOWER = (1, 2, 3, 4)
@@ -229,6 +231,204 @@ def test_torchscript_gives_the_same_field(options, tmp_path):
 def test_summands_that_are_no_distinct_levels_are_refused(summands):
     with pytest.raises(ValueError, match="distinct levels"):
         SummedDDFNet(initial_channels=2, summands=summands)
+
+
+def pulled(volume, ddf):
+    """Channels of a volume (C, X, Y, Z) at p + ddf(p), border values beyond, interpolated by SciPy."""
+    points = np.indices(ddf.shape[1:]) + ddf.double().numpy()
+    channels = [map_coordinates(c, points, order=1, mode="nearest") for c in volume.double().numpy()]
+    return torch.from_numpy(np.stack(channels)).float()
+
+
+def one_after_the_other(fields):
+    """The displacement of several warps (3, X, Y, Z), the first of which moves the image first."""
+    total = fields[0]
+    for field in fields[1:]:
+        total = field + pulled(total, field)
+    return total
+
+
+def test_composed_summands_are_warps_one_after_the_other_coarse_first():
+    net, x = trained(composed=True), image_pair(21, 31, 17, batch=2)
+    with torch.no_grad():
+        for summand in net.summands:
+            summand.conv.weight.mul_(0.1)
+        fields, ddf = net.displacement_summands(x), net(x)
+    for b in range(2):
+        single = [field[b] for field in fields]
+        torch.testing.assert_close(ddf[b], one_after_the_other(single), rtol=1e-4, atol=1e-3)
+        for other in (sum(single), one_after_the_other(single[::-1])):
+            assert (ddf[b] - other).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("level", [0, 2, 4])
+def test_one_summand_composed_is_the_summand(level):
+    x = image_pair(17, 20, 31)
+    with torch.no_grad():
+        fields = [trained(summands=(level,), composed=composed)(x) for composed in (True, False)]
+    assert torch.equal(*fields)
+
+
+def test_constant_summands_composed_are_their_sum():
+    net, x = trained(composed=True), image_pair(17, 20, 31)
+    with torch.no_grad():
+        for summand in net.summands:
+            summand.conv.weight.zero_()
+        ddf, total = net(x), sum(summand.conv.bias for summand in net.summands)
+    torch.testing.assert_close(ddf, total.view(1, 3, 1, 1, 1).expand_as(ddf), rtol=1e-5, atol=1e-5)
+
+
+def test_composition_has_the_weights_of_the_sum_and_its_gradient_reaches_them_all():
+    net = trained(composed=True)
+    net.load_state_dict(trained().state_dict())
+    net(image_pair(32, 16, 16)).square().mean().backward()
+    assert all(p.grad.any() for p in net.parameters())
+
+
+def global_net(seed=0, **options):
+    """A small Global-Net in eval mode with random features, whose affine map depends on them."""
+    torch.manual_seed(seed)
+    net = GlobalNet(initial_channels=2, **options).eval()
+    with torch.no_grad():
+        net.connected.weight.normal_(0, 0.002)
+        net.connected.bias.add_(0.05 * torch.randn(12))
+    return net
+
+
+def voxel_field(affine, size):
+    """The DDF (3, X, Y, Z) in voxels of a map (3, 4) of [-1, 1]³, by way of its 4×4 matrix on voxel coordinates."""
+    to_unit = np.diag([*(2 / np.array(size)), 1])
+    to_unit[:3, 3] = 1 / np.array(size) - 1
+    matrix = np.linalg.inv(to_unit) @ np.r_[affine, [[0, 0, 0, 1]]] @ to_unit
+    voxels = np.indices(size)
+    moved = np.einsum("ij,jxyz->ixyz", matrix[:3, :3], voxels) + matrix[:3, 3].reshape(3, 1, 1, 1)
+    return torch.from_numpy(moved - voxels).float()
+
+
+@pytest.mark.parametrize("size", [(17, 20, 31), (16, 16, 16), (5, 40, 33)])
+def test_a_new_global_net_predicts_exactly_no_displacement_at_any_size(size):
+    net = GlobalNet(initial_channels=2)
+    for mode in (True, False):
+        ddf = net.train(mode)(image_pair(*size, batch=2))
+        assert ddf.shape == (2, 3, *size) and not ddf.any()
+
+
+def test_the_bias_of_global_net_is_its_affine_map_in_the_unit_cube():
+    net, size = GlobalNet(initial_channels=2), (9, 21, 34)
+    affine = np.eye(3, 4) + np.random.default_rng(0).normal(size=(3, 4), scale=0.2)
+    with torch.no_grad():
+        net.connected.bias.copy_(torch.from_numpy(affine).flatten())
+        ddf = net(image_pair(*size, batch=2))
+    expected = voxel_field(affine, size)
+    assert expected.abs().amax((1, 2, 3)).min() > 0.5
+    torch.testing.assert_close(ddf, expected.expand(2, -1, -1, -1, -1), rtol=1e-5, atol=1e-5)
+
+
+def test_global_net_connects_every_deepest_feature_where_the_grid_is_the_papers():
+    net, x = global_net(deep_size=(2, 1, 3)), image_pair(32, 16, 48, batch=2)
+    with torch.no_grad():
+        deep, _ = net.encode(x)
+        assert deep.shape == (2, 32, 2, 1, 3)
+        affine = (deep.flatten(1) @ net.connected.weight.T + net.connected.bias).view(2, 3, 4)
+        ddf = net(x)
+    for b in range(2):
+        torch.testing.assert_close(ddf[b], voxel_field(affine[b].double().numpy(), (32, 16, 48)), **CLOSE)
+    assert (ddf[0] - ddf[1]).abs().max() > 0.01
+
+
+def test_global_net_registers_each_pair_of_a_batch_alone_at_odd_sizes():
+    net, x = global_net(), image_pair(21, 31, 17, batch=3)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x)[1:2], net(x[1:2]), **CLOSE)
+
+
+def test_global_net_has_the_encoder_of_the_summed_network_and_twelve_outputs():
+    with torch.device("meta"):
+        net, summed = GlobalNet(), SummedDDFNet(initial_channels=8)
+    shapes = {name: p.shape for name, p in net.state_dict().items()}
+    encoder = {n: p.shape for n, p in summed.state_dict().items() if n.startswith(("down", "deep"))}
+    inputs = 8 * 2**4 * 6 * 8 * 6  # the deepest map of 96 × 128 × 96 voxels
+    assert shapes == encoder | {"connected.weight": (12, inputs), "connected.bias": (12,)}
+    counted = sum(n for layer, n in layer_counts(8).items() if layer.startswith(("down", "deep")))
+    assert sum(p.numel() for p in net.parameters()) == counted + 12 * (inputs + 1)
+
+
+def test_gradients_reach_the_affine_map_first_and_every_parameter_of_global_net_after_one_step():
+    torch.manual_seed(0)
+    net, x = GlobalNet(initial_channels=4), image_pair(32, 32, 32, batch=2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3)
+    for step in range(2):
+        optimizer.zero_grad()
+        (net(x) - torch.tensor([1.0, 2, 3]).view(1, 3, 1, 1, 1)).square().mean().backward()
+        reached = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
+        names = {name for name, _ in net.named_parameters()}
+        assert reached == (names if step else {name for name in names if name.startswith("connected")})
+        optimizer.step()
+
+
+def test_the_affine_map_is_computed_in_float32_when_global_net_runs_in_half_precision():
+    net, x = global_net(), image_pair(16, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        half = net(x)
+    with torch.no_grad():
+        full = net(x)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0.02)
+
+
+def test_torchscript_gives_the_field_of_global_net(tmp_path):
+    net, x = global_net(), image_pair(21, 31, 17)
+    torch.jit.script(net).save(str(tmp_path / "net.ts"))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.load(str(tmp_path / "net.ts"))(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+def composite_net(composed=False, **options):
+    local = trained(summands=(0,), **options)
+    with torch.no_grad():
+        local.summands[0].conv.weight.mul_(0.1)
+    return CompositeNet(global_net(**options), local, composed).eval()
+
+
+def test_a_new_composite_net_predicts_no_displacement():
+    for composed in (True, False):
+        net = CompositeNet(GlobalNet(2), SummedDDFNet(2, summands=(0,)), composed)
+        assert not net(image_pair(17, 20, 31, batch=2)).any()
+
+
+def test_composite_net_adds_the_field_of_global_net_and_that_of_the_warped_moving_and_the_fixed_image():
+    net, x = composite_net(), image_pair(21, 31, 17, batch=2)
+    with torch.no_grad():
+        whole, ddf = net.global_net(x), net(x)
+        seen = torch.stack([torch.cat([pulled(x[b, :1], whole[b]), x[b, 1:]]) for b in range(2)])
+        local, of_the_unmoved = net.local_net(seen), net.local_net(x)
+    assert whole.abs().max() > 0.5 and (local - of_the_unmoved).abs().max() > 0.1
+    torch.testing.assert_close(ddf, whole + local, rtol=1e-4, atol=1e-3)
+
+
+def test_composed_composite_net_is_the_global_warp_then_the_local_one():
+    net, x = composite_net(composed=True), image_pair(21, 31, 17, batch=2)
+    with torch.no_grad():
+        ddf, (whole, local) = net(x), net.displacement_parts(x)
+    for b in range(2):
+        torch.testing.assert_close(ddf[b], one_after_the_other([whole[b], local[b]]), rtol=1e-4, atol=1e-4)
+    assert (ddf - whole - local).abs().max() > 0.05
+
+
+def test_composite_net_warps_the_moving_gland_along_with_its_image():
+    net, x = CompositeNet(global_net(in_channels=4), torch.nn.Identity()), torch.randn(1, 4, 16, 20, 17)
+    with torch.no_grad():
+        whole, seen = net.displacement_parts(x)
+    torch.testing.assert_close(seen[0, [0, 2]], pulled(x[0, [0, 2]], whole[0]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(seen[0, [1, 3]], x[0, [1, 3]])
+    assert (seen - x)[0, [0, 2]].abs().max() > 0.1
+
+
+def test_the_local_gradient_reaches_global_net_through_the_warped_image():
+    net = composite_net()
+    _, local = net.displacement_parts(image_pair(16, 32, 16))
+    local.square().mean().backward()
+    assert all(p.grad.any() for p in net.parameters())
 
 
 def test_the_order_in_which_summands_are_named_does_not_matter():
