@@ -53,6 +53,18 @@ class Run(NamedTuple):
     evaluate: list[str]
     cases: list[str]
 
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.variant, self.fold
+
+    @property
+    def log(self) -> Path:
+        return Path(self.folder) / LOG
+
+    @property
+    def done(self) -> bool:
+        return (Path(self.folder) / DONE).exists()
+
 
 # ---- what is to be run
 
@@ -148,7 +160,7 @@ def run_fold(run: Run, threads: int | None = None) -> str | None:
     folder = Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
-    with (folder / "lock").open("w") as lock, (folder / LOG).open("ab") as log:
+    with (folder / "lock").open("w") as lock, run.log.open("ab") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process that an earlier, killed runner left behind
 
         def finishes(arguments: list[str]) -> str | None:
@@ -159,9 +171,9 @@ def run_fold(run: Run, threads: int | None = None) -> str | None:
                 command, cwd=ROOT, env=environment, **streams, pass_fds=[lock.fileno()], preexec_fn=die_with_parent
             ).returncode
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            return f"{how}; the last lines of {folder / LOG}:\n{last_lines(folder / LOG)}" if code else None
+            return f"{how}; the last lines of {run.log}:\n{last_lines(run.log)}" if code else None
 
-        if (folder / DONE).exists():
+        if run.done:
             return None
         if not (folder / WEIGHTS).exists():
             resume = any(folder.glob("checkpoint_epoch=*.pt"))
@@ -182,11 +194,6 @@ def die_with_parent() -> None:
     """In a new process: ask Linux to kill it when what started it dies, so that nothing trains on unseen."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-
-
-def log_size(run: Run) -> int:
-    path = Path(run.folder) / LOG
-    return path.stat().st_size if path.exists() else 0
 
 
 def tail(path: Path, start: int = 0, size: int = 8192) -> str:
@@ -243,11 +250,7 @@ def on_ray(runs: Sequence[Run], address: str | None, cores: int | None) -> dict[
 
         return run_fold(Run(*values), share)
 
-    return {key_of(run): fold.remote(tuple(run)).future() for run in runs}
-
-
-def key_of(run: Run) -> tuple[str, int]:
-    return run.variant, run.fold
+    return {run.key: fold.remote(tuple(run)).future() for run in runs}
 
 
 def watch(runs: Sequence[Run], futures: Mapping[tuple[str, int], Future], interval: float = 1.0) -> dict:
@@ -257,13 +260,13 @@ def watch(runs: Sequence[Run], futures: Mapping[tuple[str, int], Future], interv
         (variant, fold) -> why it failed.
     """
     live, failures, shown, drawn = sys.stdout.isatty(), {}, {}, 0
-    known = {key_of(run): log_size(run) for run in runs}
+    known = {run.key: run.log.stat().st_size for run in runs if run.log.exists()}
     ended: set[tuple[str, int]] = set()
     while len(ended) < len(runs):
         wait([f for key, f in futures.items() if key not in ended], interval, "FIRST_COMPLETED")
         lines, news = [], []
         for run in runs:
-            key = key_of(run)
+            key = run.key
             if key in ended:
                 continue
             if futures[key].done():
@@ -272,11 +275,11 @@ def watch(runs: Sequence[Run], futures: Mapping[tuple[str, int], Future], interv
                 failure = f"{type(error).__name__}: {error}" if error else futures[key].result()
                 if failure:
                     failures[key] = failure
-                news.append(row(run, "failed" if failure else "done") + (f"\n  {failure}" if failure else ""))
+                news.append(row(*key, "failed" if failure else "done") + (f"\n  {failure}" if failure else ""))
                 continue
-            state, step, total, loss, left = progress(run, known[key])
+            state, step, total, loss, left = progress(run, known.get(key, 0))
             if state != "waiting":
-                lines.append(row(run, state, f"{step}/{total}" if total else "", loss, left))
+                lines.append(row(*key, state, f"{step}/{total}" if total else "", loss, left))
                 change = (state, 10 * step // total if total else 0)
                 if not live and shown.get(key) != change:
                     news.append(lines[-1])
@@ -296,7 +299,7 @@ def watch(runs: Sequence[Run], futures: Mapping[tuple[str, int], Future], interv
 
 def progress(run: Run, start: int) -> tuple[str, int, int, str, str]:
     """State, step, steps, loss and time left of a run, read from the bar in its log from byte `start` on."""
-    text = tail(Path(run.folder) / LOG, start)
+    text = tail(run.log, start)
     if not text:
         return "waiting", 0, 0, "", ""
     if (Path(run.folder) / WEIGHTS).exists():
@@ -306,12 +309,11 @@ def progress(run: Run, start: int) -> tuple[str, int, int, str, str]:
     return "training" if bars else "starting", int(step), int(total), loss, left
 
 
-def row(run: Run | None, state: str, step: str = "", loss: str = "", left: str = "") -> str:
-    variant, fold = (run.variant, run.fold) if run else ("variant", "fold")
+def row(variant: str, fold: int | str, state: str, step: str = "", loss: str = "", left: str = "") -> str:
     return f"{variant:<16} {fold:>4}  {state:<10} {step:>15} {loss:>8} {left:>9}".rstrip()
 
 
-HEADER = row(None, "state", "step", "loss", "time left")
+HEADER = row("variant", "fold", "state", "step", "loss", "time left")
 
 
 # ---- what came of it
@@ -330,7 +332,7 @@ def collect(runs: Sequence[Run], output: Path) -> str:
     results: dict[str, dict] = {}
     for variant in variants:
         own = [run for run in runs if run.variant == variant]
-        if not all((Path(run.folder) / DONE).exists() for run in own):
+        if not all(run.done for run in own):
             continue
         results[variant] = {}
         for run in own:
@@ -408,20 +410,20 @@ def cross_validate(
         "settings": settings,
         "folds": deal(dataset_dir, fold_count, fold_seed, settings.get("patient_pattern")),
     }
-    output.mkdir(parents=True, exist_ok=True)
-    write_plan(output / "folds.json", plan)
     runs = runs_of(overlays, plan, str(Path(dataset_dir).resolve()), output)
     chosen = runs
     if only is not None:
         chosen = [run for name in only for run in runs if f"{run.variant}:{run.fold}" == name]
         if len(chosen) < len(only):
             raise InputError(f"--only {','.join(only)}: give VARIANT:FOLD, folds from 0 to {fold_count - 1}")
-    todo = [run for run in chosen if not (Path(run.folder) / DONE).exists()]
+    output.mkdir(parents=True, exist_ok=True)
+    write_plan(output / "folds.json", plan)
+    todo = [run for run in chosen if not run.done]
     if not todo:
         failures = {}
     elif only is not None:
         with ThreadPoolExecutor(1) as one:
-            failures = watch(todo, {key_of(run): one.submit(run_fold, run, cores) for run in todo})
+            failures = watch(todo, {run.key: one.submit(run_fold, run, cores) for run in todo})
     else:
         failures = watch(todo, on_ray(todo, address, cores))
     if only is None:

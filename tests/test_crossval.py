@@ -295,8 +295,8 @@ def test_unknown_variants_settings_and_folds_are_refused(tmp_path):
     refused("--iteratons: is no setting", data, out, 2, ["baseline"], settings={"iteratons": 5})
     refused("--resume: is set for each fold", data, out, 2, ["baseline"], settings={"resume": True})
     refused("5 folds need at least 2 folds and as many patients", data, out, 5, ["baseline"])
-    assert not Path(out).exists()
     refused("--only baseline:2: give VARIANT:FOLD, folds from 0 to 1", data, out, 2, ["baseline"], only=["baseline:2"])
+    assert not Path(out).exists()
 
 
 def test_a_restart_with_other_patients_seed_or_settings_is_refused(tmp_path):
