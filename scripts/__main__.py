@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register a pair, simulate a cohort, reconstruct a sweep, run the demonstration.
+"""`python -m scripts VERB`: register a pair, simulate a cohort, reconstruct a sweep, demonstrate, cross-validate.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -150,6 +150,59 @@ def demo(
         register_phantoms(folder, None if pairs is None else str(pairs))
 
 
+def crossval(
+    dataset_dir: str,
+    output_dir: str,
+    folds: int = 12,
+    variants: str | list[str] = "baseline",
+    fold_seed: int = 0,
+    address: str | None = None,
+    cores_per_fold: int | None = None,
+    only: str | None = None,
+    **settings,
+) -> None:
+    """Cross-validate the Baseline and its variants by patient, on Ray; needs requirements-crossval.txt.
+
+    Example:
+        python -m scripts crossval --dataset_dir DIR --folds 12 --variants baseline,delta0 --output_dir cv
+
+    Run again after an interruption, it goes on: folds that are done stay, others resume from their checkpoints. One
+    fold, without Ray, as a SLURM array has it; the command without --only then writes the tables:
+        python -m scripts crossval --dataset_dir DIR --folds 12 --variants baseline --output_dir cv \\
+            --only baseline:$SLURM_ARRAY_TASK_ID
+
+    Writes folds.json, runs/VARIANT/foldK, and of the variants that are complete cases.csv, landmarks.csv and
+    statistics.csv: paired Wilcoxon tests against the first variant. Exit code 1 if a fold failed.
+
+    Args:
+        dataset_dir: a data set that is not split.
+        output_dir: where to write; on a cluster, a folder that all machines share.
+        folds: how many; patients are dealt at random.
+        variants: "baseline", names of configs/variant_NAME.yaml, overlay files; separated by commas, the first is what
+            the others are compared with.
+        fold_seed: the same seed gives the same folds.
+        address: of a Ray cluster to join, for example "auto"; the default is this machine.
+        cores_per_fold: CPU cores of a fold; without a GPU at most 4 by default.
+        only: one fold of one variant as VARIANT:FOLD, or several, separated by commas.
+        settings: any setting of configs/train.json, for all folds, for example --iterations 20000.
+    """
+    from scripts.crossval import cross_validate
+
+    def names(value: str | list[str]) -> list[str]:  # Fire makes a tuple of some of what has commas
+        return [str(v).strip() for v in (value.split(",") if isinstance(value, str) else value)]
+
+    chosen = None if only is None else names(only)
+    failed = cross_validate(
+        *(str(dataset_dir), str(output_dir), folds, names(variants), fold_seed),
+        address,
+        cores_per_fold,
+        chosen,
+        settings,
+    )
+    if failed:
+        sys.exit(f"error: {failed} failed, see above; the same command goes on where they stopped")
+
+
 def run_config(name: str, *overlays: str | Path | None, **settings) -> None:
     """Run a config of this bundle in this process, as `python -m monai.bundle run` does; an overlay may be None."""
     import logging
@@ -179,7 +232,7 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):  # Fire calls a bare --help of a verb with required arguments an error
         arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
     try:
-        verbs = {"register": register, "phantom": phantom, "sweep": sweep, "demo": demo}
+        verbs = {"register": register, "phantom": phantom, "sweep": sweep, "demo": demo, "crossval": crossval}
         fire.Fire(verbs, arguments, name="python -m scripts")
     except Exception as error:
         refused = refusal(error)

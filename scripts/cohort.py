@@ -6,6 +6,7 @@ them with the start alignment into one affine map per volume, and interpolates e
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -120,6 +121,13 @@ class Pool:
             self.phantoms[self.made % len(self.phantoms)] = self.keep(self.simulated[self.made])
             self.made += 1
 
+    def load_place(self, made: int, batches: int) -> None:
+        """Go on where a run was that had simulated `made` pairs and counted `batches`."""
+        size = len(self.phantoms)
+        for index in range(max(self.made, made - size), made):
+            self.phantoms[index % size] = self.keep(self.simulated[index])
+        self.made, self.batches = made, batches
+
 
 def corner_affine(uniform: np.ndarray, strength: float) -> np.ndarray:
     """label-reg's random affine: four corners of [−1, 1]³ move inward by `strength * uniform` per coordinate (§3.2).
@@ -185,6 +193,16 @@ class CohortLoader:
 
     def __len__(self) -> int:
         return self.epoch_length
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the draws, for a checkpoint: a resumed run draws what an uninterrupted one would have drawn."""
+        # numpy's state has integers of 128 bits, which only text holds safely in a file of plain tensors
+        random = json.dumps(self.random.bit_generator.state)
+        return {"random": random, "made": self.pool.made, "batches": self.pool.batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.random.bit_generator.state = json.loads(state["random"])
+        self.pool.load_place(state["made"], state["batches"])
 
     def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """What of a pair stays on the device: images in float32, labels in uint8, and the maps from its grid."""
@@ -278,6 +296,13 @@ class GlandLoader(CohortLoader):
         super().__init__(*arguments, augmentation=augmentation, seed=seed, **named)
         self.left_right = left_right
         self.noise = torch.Generator(self.device).manual_seed(seed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"noise": self.noise.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.noise.set_state(state["noise"].cpu())
 
     def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
         pair = {"simulated": data.get("simulated", False)}

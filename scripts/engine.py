@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,6 +149,49 @@ class CosineDecay:
             group["lr"] = highest * (1 + math.cos(math.pi * done)) / 2
 
 
+def save_whole(content: Any, path: Path) -> None:
+    """`torch.save` to a file that is there as a whole or not at all, whenever the process or the machine stops."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    if os.name == "posix":  # the new name, too, is on the disk only when its folder is
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+class SaveCheckpoints:
+    """Write `checkpoint_epoch=N.pt` after each epoch and keep the newest.
+
+    MONAI's `CheckpointSaver` writes in place: a process killed meanwhile leaves half a file under the newest name.
+
+    Args:
+        folder: where to write.
+        state: name -> object with a `state_dict`.
+        keep: how many.
+    """
+
+    def __init__(self, folder: str, state: Mapping[str, Any], keep: int = 2) -> None:
+        self.folder = Path(folder)
+        self.state = dict(state)
+        self.keep = keep
+        self.written: list[Path] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _save(self, engine: Engine) -> None:
+        path = self.folder / f"checkpoint_epoch={engine.state.epoch}.pt"
+        save_whole({name: thing.state_dict() for name, thing in self.state.items()}, path)
+        self.written = [p for p in self.written if p != path] + [path]
+        while len(self.written) > self.keep:
+            self.written.pop(0).unlink(missing_ok=True)
+
+
 class SaveWeights:
     """Write the network's weights, plain tensors, when a run has completed.
 
@@ -167,10 +211,7 @@ class SaveWeights:
         engine.add_event_handler(Events.COMPLETED, self._save)
 
     def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        torch.save({k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}, partial)
-        partial.replace(self.path)
+        save_whole({k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}, self.path)
 
 
 def load_weights(path: str | None, network: nn.Module) -> None:
@@ -184,14 +225,16 @@ def load_weights(path: str | None, network: nn.Module) -> None:
 
 
 class ResumeLatest:
-    """Load the newest checkpoint of a run before it starts: network, optimiser and the trainer's place.
+    """Load the newest checkpoint of a run before it starts: network, optimiser, place in the draws, trainer's place.
+
+    One that cannot be read is passed over, with a warning, for the one before.
 
     Args:
-        folder: where `CheckpointSaver` wrote.
+        folder: where `SaveCheckpoints` wrote.
         load_dict: name -> object, the same as was saved.
 
     Raises:
-        InputError: no checkpoint in `folder`.
+        InputError: no checkpoint in `folder`, or none that can be read.
     """
 
     def __init__(self, folder: str, load_dict: Mapping[str, Any]) -> None:
@@ -202,4 +245,12 @@ class ResumeLatest:
         found = sorted(self.folder.glob("checkpoint_epoch=*.pt"), key=lambda p: int(p.stem.split("=")[1]))
         if not found:
             raise InputError(f"{self.folder}: no checkpoint to resume from; train without --resume first")
-        CheckpointLoader(str(found[-1]), self.load_dict).attach(engine)
+        for path in reversed(found):
+            try:
+                torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever a damaged file raises
+                warnings.warn(f"{path}: damaged, trying the one before ({type(error).__name__}: {error})", stacklevel=2)
+            else:
+                CheckpointLoader(str(path), self.load_dict).attach(engine)
+                return
+        raise InputError(f"{self.folder}: none of {len(found)} checkpoints can be read; remove them to train anew")

@@ -67,6 +67,21 @@ def test_the_draw_can_be_seeded():
     assert drawn(pairs, 20, seed=3) != drawn(pairs, 20, seed=4)
 
 
+def test_a_loader_that_is_given_its_place_back_draws_what_the_first_would_have_drawn(tmp_path):
+    def loader():
+        return CohortLoader(pairs, 2, 5, "cpu", simulated=simulated, share=0.5, pool=3)
+
+    pairs = [labelled("five", 5), labelled("six", 6)]
+    simulated = [labelled(f"phantom {k}", 4) for k in range(20)]
+    first, again = loader(), loader()
+    list(first), list(first)
+    torch.save(first.state_dict(), tmp_path / "place.pt")
+    again.load_state_dict(torch.load(tmp_path / "place.pt", weights_only=True))
+    for _ in range(4):
+        for a, b in zip(first, again, strict=True):
+            assert a["case"] == b["case"] and torch.equal(a["image"], b["image"])
+
+
 def test_no_pair_and_a_pair_without_any_common_label_are_refused():
     with pytest.raises(InputError, match="pair 7: no label is present in both images"):
         CohortLoader([labelled("pair 7", 2, absent=(0, 1))], 1, 1, "cpu")
