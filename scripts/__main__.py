@@ -12,6 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def absolute(path: object) -> str:
+    """A path that starts with /: a config value that starts with $, @ or % would be evaluated."""
+    return str(Path(str(path)).resolve())
+
+
 def register(
     moving: str,
     fixed: str,
@@ -46,13 +51,13 @@ def register(
         settings: any setting of configs/inference.json, for example --ckpt_path FILE or --initial_channels 32.
     """
     pair = {"moving_image": moving, "fixed_image": fixed, "moving_label": moving_labels, "fixed_label": fixed_labels}
-    # absolute paths: a config value that starts with $, @ or % would be evaluated, a path that starts with / is not
-    pair = {k: str(Path(str(v)).resolve()) for k, v in pair.items() if v is not None}
+    pair = {k: absolute(v) for k, v in pair.items() if v is not None}
     if start is not None:
         named = start in ("centre", "header", "learned")
-        settings["start"] = start if named else str(Path(str(start)).resolve())
+        settings["start"] = start if named else absolute(start)
     for name in {"ckpt_path", "start_path"} & set(settings):
-        settings[name] = str(Path(str(settings[name])).resolve())
+        given = settings[name]
+        settings[name] = [absolute(path) for path in given] if isinstance(given, list | tuple) else absolute(given)
     from scripts.data import case_name
 
     pair |= {"case": case_name(fixed), "patient": case_name(fixed)}
@@ -60,7 +65,7 @@ def register(
         "inference.json",
         overlay,
         datalist=[pair],
-        output_dir=str(Path(str(output_dir)).resolve()),
+        output_dir=absolute(output_dir),
         case_folders=False,
         **settings,
     )

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.transforms import Orientation
+from monai.utils import ensure_tuple
 from torch import Tensor
 
 from scripts import fields, figures, metrics
@@ -202,7 +203,7 @@ class SaveRegistrations:
         output_dir: one folder per case is made in it.
         weights: the weights file, for its SHA-256 in the QA record; None without one.
         start: the start alignment's name, for the QA record.
-        start_weights: the weights file of a learned start, likewise.
+        start_weights: the weights file of a learned start, or several, likewise.
         case_folders: False writes straight into `output_dir`; for a single case.
     """
 
@@ -211,14 +212,15 @@ class SaveRegistrations:
         output_dir: str,
         weights: str | None,
         start: str,
-        start_weights: str | None = None,
+        start_weights: str | Sequence[str] | None = None,
         case_folders: bool = True,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.case_folders = case_folders
         self.provenance: dict[str, Any] = {"start": start}
-        for name, path in (("weights", weights), ("start_weights", start_weights)):
-            self.provenance |= {name: path, f"{name}_sha256": path and sha256(path)}
+        self.provenance |= {"weights": weights, "weights_sha256": weights and sha256(weights)}
+        starts = ensure_tuple(start_weights) if start_weights else ()
+        self.provenance |= {"start_weights": list(starts), "start_weights_sha256": [sha256(path) for path in starts]}
         self.provenance |= {"torch": torch.__version__, "monai": monai.__version__}
 
     def attach(self, engine: Engine) -> None:

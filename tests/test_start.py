@@ -9,7 +9,17 @@ from torch import nn
 from scripts import fields
 from scripts.checks import InputError
 from scripts.cohort import RENEWAL, CohortLoader, GlandLoader, SimulatedPairs
-from scripts.start import SIDE, FindGlandsd, align_moments, cube_affine, frame, largest_component, moments, on_cube
+from scripts.start import (
+    SIDE,
+    FindGlandsd,
+    align_moments,
+    cube_affine,
+    frame,
+    largest_component,
+    mirrored_mean,
+    moments,
+    on_cube,
+)
 from scripts.transforms import OntoFixedGridd, PlanFixedGridd
 
 
@@ -121,6 +131,44 @@ def test_a_wrong_voxel_size_in_both_headers_does_not_change_the_start_in_voxels(
         start[:3, 3] /= mm
         starts.append(start)
     assert torch.allclose(*starts, atol=1e-4)
+
+
+class Upright(nn.Module):
+    """A network that knows the front of a patient from the back, and is surer of one side than of the other."""
+
+    def __init__(self, front):
+        super().__init__()
+        where = torch.linspace(-1, 1, 32)
+        self.front, self.side = (where.view([32 if i == axis else 1 for i in range(3)]) for axis in (front, 1 - front))
+
+    def forward(self, x):
+        return 4 * (x - 0.5) * (2 + self.side) - 20 * (self.front > 0)
+
+
+@pytest.mark.parametrize("front", [0, 1])
+def test_the_mirror_image_is_taken_along_the_axis_in_which_the_patient_is_symmetric(front):
+    cube, network, side = torch.zeros(1, 1, 32, 32, 32), Upright(front), 3 - front
+    cube[..., 6:12, 6:12, 6:12] = 1
+    straight, mirrored = (network(c).sigmoid() for c in (cube, cube.flip(side)))
+    assert not torch.allclose(straight, mirrored.flip(side))
+    assert torch.allclose(mirrored_mean([network], cube), (straight + mirrored.flip(side)) / 2)
+
+
+def test_several_networks_find_the_mean_of_their_probabilities(tmp_path):
+    paths, found = [], []
+    for k, gain in enumerate((4.0, 16.0)):
+        network = Bright()
+        nn.init.constant_(network.gain, gain)
+        paths.append(str(tmp_path / f"start_{k}.pt"))
+        torch.save(network.state_dict(), paths[-1])
+    cube = torch.rand(1, 1, 32, 32, 32)
+    both = FindGlandsd(Bright(), paths)
+    volume = ellipsoid((32, 32, 32), turned((1, 1, 1), 0.0), (15, 16, 15), (8, 9, 7))
+    both({"moving_image": volume, "fixed_image": volume})
+    for network in both.networks:
+        found.append(mirrored_mean([network], cube))
+    assert not torch.allclose(*found)
+    assert torch.allclose(mirrored_mean(both.networks, cube), sum(found) / 2, atol=1e-6)
 
 
 def test_an_image_without_a_gland_is_refused_by_name(weights):

@@ -1,0 +1,96 @@
+"""Instance optimisation: after the network, fit the field of one pair to the two glands that were found in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.interpolate import BSpline
+from torch import Tensor, nn
+
+from scripts.checks import InputError
+from scripts.engine import PrecisionInferer
+from scripts.fields import warp
+from scripts.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss
+
+
+def spline_matrix(size: int, apart: float) -> Tensor:
+    """Uniform cubic B-splines on `size` voxels, shape (size, control points), rows sum to 1.
+
+    Args:
+        apart: the largest distance between control points, voxels.
+    """
+    pieces = int(np.ceil((size - 1) / apart))
+    knots = np.arange(-3, pieces + 4, dtype=float)
+    at = np.linspace(0, pieces, size)
+    return torch.from_numpy(BSpline.design_matrix(at, knots, 3).toarray()).float()
+
+
+def free_form(control: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Displacement of control points (1, 3, a, b, c) -> field (1, 3, X, Y, Z) (Rueckert et al., IEEE TMI 1999)."""
+    for axis, matrix in enumerate(matrices):
+        control = torch.movedim(torch.movedim(control, 2 + axis, -1) @ matrix.T, -1, 2 + axis)
+    return control
+
+
+class RefinedInferer(PrecisionInferer):
+    """`PrecisionInferer`, and in prediction the DDF of each pair is then fitted to the glands found in its images.
+
+    What is added to the network's field is a free-form deformation of cubic B-splines. It minimises the network's own
+    objective, Eq. (1)-(2) with the found glands as the label: multiscale Dice plus α times the bending energy of the sum.
+    No label of the pair is used, so it may be done on any pair. A fit with
+    no better objective than the network's field is dropped.
+
+    Args:
+        precision, tolerance: of the network, see `PrecisionInferer`.
+        steps: the most iterations of L-BFGS; 0 switches the refinement off.
+        alpha: α.
+        apart: between control points, voxels.
+        scales: of the Dice, voxels.
+
+    Raises:
+        InputError: the input has no glands, because the start is not the learned one.
+    """
+
+    def __init__(
+        self,
+        precision: str = "auto",
+        tolerance: float = 0.05,
+        steps: int = 30,
+        alpha: float = 1.0,
+        apart: float = 8.0,
+        scales: Sequence[float] = (0, 1, 2, 4),
+    ) -> None:
+        super().__init__(precision, tolerance)
+        self.steps, self.apart = steps, apart
+        self.loss = LabelDrivenLoss(MultiscaleDiceLoss(scales), BendingEnergy(), alpha)
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        ddf = super().__call__(inputs, network, *args, **kwargs)
+        if network.training or not self.steps:
+            return ddf
+        if inputs.shape[1] != 4:
+            raise InputError("refine_steps needs the glands that --start learned finds; or pass --refine_steps 0")
+        return torch.cat([self._fit(*pair) for pair in zip(ddf.split(1), inputs[:, 2:].split(1), strict=True)])
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def _fit(self, ddf: Tensor, glands: Tensor) -> Tensor:
+        ddf, (moving, fixed) = ddf.clone(), glands.float().clone().split(1, dim=1)
+        targets = {"moving_label": moving, "fixed_label": fixed, "spacing": torch.ones(1, 3, dtype=torch.float64)}
+        matrices = [spline_matrix(n, self.apart).to(ddf) for n in ddf.shape[2:]]
+        # a quarter of a voxel off: on the voxels themselves, where no network has moved them, interpolation has kinks
+        control = ddf.new_full((1, 3, *(m.shape[1] for m in matrices)), 0.25).requires_grad_()
+        optimizer = torch.optim.LBFGS([control], max_iter=self.steps, line_search_fn="strong_wolfe")
+
+        def objective() -> Tensor:
+            optimizer.zero_grad()
+            value = fixed.numel() * self.loss(ddf + free_form(control, matrices), targets)  # not lost in rounding
+            value.backward()
+            return value
+
+        optimizer.step(objective)
+        fitted = (ddf + free_form(control, matrices)).detach()
+        return fitted if self.loss(fitted, targets) < self.loss(ddf, targets) else ddf
