@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from scripts.checks import InputError
 from scripts.engine import PrecisionInferer
-from scripts.fields import warp
 from scripts.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss
 
 
@@ -39,12 +38,13 @@ class RefinedInferer(PrecisionInferer):
     """`PrecisionInferer`, and in prediction the DDF of each pair is then fitted to the glands found in its images.
 
     What is added to the network's field is a free-form deformation of cubic B-splines. It minimises the network's own
-    objective, Eq. (1)-(2) with the found glands as the label: multiscale Dice plus α times the bending energy of the sum.
-    No label of the pair is used, so it may be done on any pair. A fit with
-    no better objective than the network's field is dropped.
+    objective, Eq. (1)-(2) with the found glands as the label: multiscale Dice plus α times the bending energy of the
+    sum. No label of the pair is used, so it may be done on any pair. A fit with no better objective than the network's
+    field is dropped.
 
     Args:
         precision, tolerance: of the network, see `PrecisionInferer`.
+        use_network: False leaves the network out in prediction: the fit starts from the start alignment alone.
         steps: the most iterations of L-BFGS; 0 switches the refinement off.
         alpha: α.
         apart: between control points, voxels.
@@ -58,17 +58,21 @@ class RefinedInferer(PrecisionInferer):
         self,
         precision: str = "auto",
         tolerance: float = 0.05,
+        use_network: bool = True,
         steps: int = 30,
         alpha: float = 1.0,
         apart: float = 8.0,
         scales: Sequence[float] = (0, 1, 2, 4),
     ) -> None:
         super().__init__(precision, tolerance)
-        self.steps, self.apart = steps, apart
+        self.use_network, self.steps, self.apart = use_network, steps, apart
         self.loss = LabelDrivenLoss(MultiscaleDiceLoss(scales), BendingEnergy(), alpha)
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        ddf = super().__call__(inputs, network, *args, **kwargs)
+        if self.use_network or network.training:
+            ddf = super().__call__(inputs, network, *args, **kwargs)
+        else:
+            ddf = torch.zeros_like(inputs[:, :1], dtype=torch.float32).repeat(1, 3, 1, 1, 1)
         if network.training or not self.steps:
             return ddf
         if inputs.shape[1] != 4:
