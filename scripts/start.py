@@ -164,7 +164,7 @@ def largest_component(probability: Tensor) -> Tensor:
 
 
 def mirrored_mean(networks: Sequence[nn.Module], cube: Tensor) -> Tensor:
-    """Probability of the gland in a cube (1, 1, SIDE, SIDE, SIDE), the mean of all networks' looks at it and its mirror.
+    """Probability of the gland in a cube (1, 1, SIDE, SIDE, SIDE), the mean of all looks at it and its mirror.
 
     Patients are nearly symmetric from left to right. Headers do not say for sure which axis that is, the network does:
     of the first two axes it is the one whose mirror image it sees as it sees the cube itself.
