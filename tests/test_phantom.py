@@ -111,8 +111,8 @@ def test_glands_have_the_volumes_of_men_sent_to_biopsy():
     x = torch.arange(-50, 51, 2.0)
     points = x[:, None, None], x[:, None], x
     volumes = [8e-3 * (Anatomy(np.random.default_rng(k)).gland(*points)[0] > 0).sum().item() for k in range(80)]
-    assert min(volumes) > 15 and max(volumes) < 93  # mL
-    assert 40 < np.median(volumes) < 60 and np.quantile(volumes, 0.9) > 1.8 * np.quantile(volumes, 0.1)
+    assert min(volumes) > 15 and max(volumes) < 114  # mL
+    assert 45 < np.median(volumes) < 65 and np.quantile(volumes, 0.9) > 1.8 * np.quantile(volumes, 0.1)
 
 
 def test_landmarks_are_named_after_the_gland_its_zone_and_the_urethra():
@@ -140,9 +140,12 @@ def test_the_true_displacement_carries_every_moving_label_onto_the_fixed_one(cas
     for case in cases:
         (gland, fixed_gland), *landmarks = warped_and_fixed(case, true_points(case))
         assert dice(gland, fixed_gland) > 0.9
-        assert (
-            max(centroid_distance(warped, fixed) for warped, fixed in landmarks) < 2.4
-        )  # mm, 1.5 voxels: the urethra ends thin
+        labels = np.asarray(case["moving_labels"].dataobj)
+        faces = [np.take(labels, [0, -1], axis=axis).any((0, 1, 2)) for axis in range(3)]
+        cut = np.any(faces, axis=0)[1:]  # what the field of view cuts has another centroid
+        whole = [centroid_distance(*pair) for pair, lost in zip(landmarks, cut, strict=True) if not lost]
+        assert whole
+        assert max(whole) < 2.4  # mm, 1.5 voxels: the urethra ends thin
 
 
 def test_simpleitk_warps_the_moving_label_by_the_file_alike(cases):
@@ -217,7 +220,7 @@ def test_a_start_by_the_centres_of_the_volumes_leaves_millimetres_to_register(ca
         )
         _, *landmarks = warped_and_fixed(case, world(case["fixed_images"]) - fixed + moving)
         errors.append(np.sqrt(np.mean([centroid_distance(*landmark) ** 2 for landmark in landmarks])))
-    assert 4 < np.mean(errors) < 12
+    assert 4 < np.nanmean(errors) < 12 and np.isnan(errors).sum() <= 2  # landmarks may land outside
 
 
 def test_the_two_worlds_share_no_origin(cases):
