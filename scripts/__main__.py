@@ -12,9 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def absolute(path: object) -> str:
-    """A path that starts with /: a config value that starts with $, @ or % would be evaluated."""
-    return str(Path(str(path)).resolve())
+def absolute(path: object) -> str | list[str]:
+    """A path, or each of several, with / at its start: a config value that starts with $, @ or % would be evaluated."""
+    return [absolute(one) for one in path] if isinstance(path, list | tuple) else str(Path(str(path)).resolve())
 
 
 def register(
@@ -56,8 +56,7 @@ def register(
         named = start in ("centre", "header", "learned")
         settings["start"] = start if named else absolute(start)
     for name in {"ckpt_path", "start_path"} & set(settings):
-        given = settings[name]
-        settings[name] = [absolute(path) for path in given] if isinstance(given, list | tuple) else absolute(given)
+        settings[name] = absolute(settings[name])
     from scripts.data import case_name
 
     pair |= {"case": case_name(fixed), "patient": case_name(fixed)}

@@ -193,6 +193,7 @@ class Anatomy:
         front, thick = self.rectus
         before, inside = self.stroma
         ahead = torch.sigmoid((y - 0.3 * b) / 2) * torch.exp(-((x / (0.8 * a)) ** 2))  # of the gland
+        skin = gland + before * ahead  # of the stroma
         depths = {
             "bowel": z - self.bowel,
             "rectus": torch.minimum(torch.minimum(y - front, front + thick - y), z + 0.5 * c),
@@ -208,7 +209,7 @@ class Anatomy:
             "lumen": rectum - self.wall,
             "gland": gland,
             "transition_zone": zone,
-            "stroma": torch.minimum(gland + before * ahead, (before + inside) * ahead - (gland + before * ahead)),
+            "stroma": torch.minimum(skin, (before + inside) * ahead - skin),
         }
         if self.nodules:
             balls = [_ball(x, y, z, centre, radius) for centre, radius in self.nodules.items()]

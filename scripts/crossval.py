@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import ctypes
 import fcntl
-import io
 import json
 import os
 import re
@@ -31,11 +30,13 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from scripts.__main__ import ROOT, absolute
 from scripts.checks import InputError
 from scripts.data import datalist, folds
+from scripts.files import written_whole
+from scripts.metrics import write_csv
 from scripts.statistics import METRICS, compare, describe, read_cases
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 WEIGHTS, LOG, DONE = "model.pt", "log.txt", "done.json"
 OWN = ("dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "fold", "fold_count", "resume", "split", "weights_name")
@@ -94,7 +95,9 @@ def deal(dataset_dir: str, fold_count: int, fold_seed: int, pattern: str | None)
 def write_plan(path: Path, plan: dict[str, Any]) -> None:
     """Write the folds and settings before anything starts; refuse a restart for which they are others."""
     if not path.exists():
-        return write_whole(path, json.dumps(plan, indent=1) + "\n")
+        with written_whole(path) as file:
+            file.write(json.dumps(plan, indent=1) + "\n")
+        return
     before = json.loads(path.read_text(encoding="utf-8"))
     patients = [{p for fold in there["folds"] for p in fold} for there in (before, plan)]
     changed = sorted(patients[0] ^ patients[1])
@@ -108,20 +111,17 @@ def write_plan(path: Path, plan: dict[str, Any]) -> None:
             raise InputError(f"{path}: made with other {name} than now; repeat them or choose another --output_dir")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all, also after a crash."""
-    partial = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
 def bundle_run(files: Iterable[Path | None], settings: Mapping[str, Any]) -> list[str]:
     """Arguments of `python` for a plain run; values are written as Python reads them, so none changes its type."""
     names = [str(file) for file in files if file is not None]
     return ["-m", "monai.bundle", "run", "--config_file", str(names), *(f"--{k}={v!r}" for k, v in settings.items())]
+
+
+def in_fold(value: Any, fold: int) -> Any:
+    """A setting with the fold's number for {fold} in a text, or in each of several."""
+    if isinstance(value, list | tuple):
+        return [in_fold(one, fold) for one in value]
+    return value.replace("{fold}", str(fold)) if isinstance(value, str) else value
 
 
 def runs_of(variants: Mapping[str, Path | None], plan: dict[str, Any], dataset: str, output: Path) -> list[Run]:
@@ -133,9 +133,7 @@ def runs_of(variants: Mapping[str, Path | None], plan: dict[str, Any], dataset: 
             folder = output / "runs" / variant / f"fold{fold}"
             place = {"dataset_dir": dataset, "fold": fold, "fold_count": len(plan["folds"])}
             place |= {"fold_seed": plan["fold_seed"]}
-            given = {
-                k: v.replace("{fold}", str(fold)) if isinstance(v, str) else v for k, v in plan["settings"].items()
-            }
+            given = {k: in_fold(v, fold) for k, v in plan["settings"].items()}
             training = place | {"output_dir": str(folder), "ckpt_dir": str(folder), "weights_name": WEIGHTS} | given
             scoring = place | {"output_dir": str(folder / "evaluation"), "ckpt_path": str(folder / WEIGHTS)}
             scoring |= {k: v for k, v in given.items() if k.split("#")[0] in shared}
@@ -186,7 +184,8 @@ def run_fold(run: Run, threads: int | None = None) -> str | None:
         found = sorted(read_cases(folder / "evaluation" / "cases.csv"))
         if found != run.cases:
             return f"evaluated {len(found)} cases that are not the {len(run.cases)} of folds.json"
-        write_whole(folder / DONE, json.dumps({"variant": run.variant, "fold": run.fold, "cases": found}) + "\n")
+        with written_whole(folder / DONE) as file:
+            file.write(json.dumps({"variant": run.variant, "fold": run.fold, "cases": found}) + "\n")
     return None
 
 
@@ -351,12 +350,7 @@ def collect(runs: Sequence[Run], output: Path) -> str:
             tables["statistics"].append(line)
             lines.append(sentence(line))
     for name, rows in tables.items():
-        columns = dict.fromkeys(column for line in rows for column in line)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
-        write_whole(output / f"{name}.csv", text.getvalue())
+        write_csv(output / f"{name}.csv", rows)
     return "\n".join(lines)
 
 
@@ -397,7 +391,7 @@ def cross_validate(
     overlays = {Path(v).stem.removeprefix("variant_"): overlay_of(v) for v in variants}
     if len(overlays) < len(variants):
         raise InputError(f"--variants {','.join(variants)}: two of one name")
-    settings = {k: str(Path(v).resolve()) if k in PATHS and v else v for k, v in (settings or {}).items()}
+    settings = {k: absolute(v) if k in PATHS and v else v for k, v in (settings or {}).items()}
     files = [CONFIGS / "train.json", *filter(None, overlays.values())]
     known = set().union(*(yaml.safe_load(file.read_text(encoding="utf-8")) for file in files))
     for name in (k.split("#")[0] for k in settings):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from scripts.checks import InputError, check_weights
+from scripts.files import written_whole
 
 
 def prepare_batch(
@@ -84,7 +84,7 @@ class PrecisionInferer(SimpleInferer):
             return network(inputs).float()
 
     def _half(self, inputs: Tensor, network: nn.Module) -> bool:
-        if self.precision == "float32":
+        if self.precision == "float32" or next(network.parameters(), None) is None:  # nothing is computed
             return False
         if network.training:
             if self.precision == "bfloat16" and inputs.device.type != "cuda":
@@ -149,21 +149,6 @@ class CosineDecay:
             group["lr"] = highest * (1 + math.cos(math.pi * done)) / 2
 
 
-def save_whole(content: Any, path: Path) -> None:
-    """`torch.save` to a file that is there as a whole or not at all, whenever the process or the machine stops."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    if os.name == "posix":  # the new name, too, is on the disk only when its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
 class SaveCheckpoints:
     """Write `checkpoint_epoch=N.pt` after each epoch and keep the newest.
 
@@ -186,7 +171,8 @@ class SaveCheckpoints:
 
     def _save(self, engine: Engine) -> None:
         path = self.folder / f"checkpoint_epoch={engine.state.epoch}.pt"
-        save_whole({name: thing.state_dict() for name, thing in self.state.items()}, path)
+        with written_whole(path, "wb") as file:
+            torch.save({name: thing.state_dict() for name, thing in self.state.items()}, file)
         self.written = [p for p in self.written if p != path] + [path]
         while len(self.written) > self.keep:
             self.written.pop(0).unlink(missing_ok=True)
@@ -211,7 +197,8 @@ class SaveWeights:
         engine.add_event_handler(Events.COMPLETED, self._save)
 
     def _save(self) -> None:
-        save_whole({k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}, self.path)
+        with written_whole(self.path, "wb") as file:
+            torch.save({k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}, file)
 
 
 def load_weights(path: str | None, network: nn.Module) -> None:

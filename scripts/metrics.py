@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scripts import fields
 from scripts.data import TRUTH
+from scripts.files import written_whole
 from scripts.transforms import to_original_grid
 
 
@@ -191,11 +192,8 @@ class EvaluationTable:
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
-    """Write rows that share their keys as a CSV file, through a temporary file in the same folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
+    """Write rows as a CSV file, a column for every key in the order they come, empty where a row lacks it."""
+    with written_whole(path) as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
         writer.writeheader()
         writer.writerows(rows)
-    partial.replace(path)

@@ -44,7 +44,6 @@ class RefinedInferer(PrecisionInferer):
 
     Args:
         precision, tolerance: of the network, see `PrecisionInferer`.
-        use_network: False leaves the network out in prediction: the fit starts from the start alignment alone.
         steps: the most iterations of L-BFGS; 0 switches the refinement off.
         alpha: α.
         apart: between control points, voxels.
@@ -58,21 +57,17 @@ class RefinedInferer(PrecisionInferer):
         self,
         precision: str = "auto",
         tolerance: float = 0.05,
-        use_network: bool = True,
         steps: int = 30,
         alpha: float = 1.0,
         apart: float = 8.0,
         scales: Sequence[float] = (0, 1, 2, 4),
     ) -> None:
         super().__init__(precision, tolerance)
-        self.use_network, self.steps, self.apart = use_network, steps, apart
+        self.steps, self.apart = steps, apart
         self.loss = LabelDrivenLoss(MultiscaleDiceLoss(scales), BendingEnergy(), alpha)
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if self.use_network or network.training:
-            ddf = super().__call__(inputs, network, *args, **kwargs)
-        else:
-            ddf = torch.zeros_like(inputs[:, :1], dtype=torch.float32).repeat(1, 3, 1, 1, 1)
+        ddf = super().__call__(inputs, network, *args, **kwargs)
         if network.training or not self.steps:
             return ddf
         if inputs.shape[1] != 4:

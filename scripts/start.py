@@ -34,8 +34,8 @@ NOMINAL = 50.0  # mm, the longest diameter every gland is taken to have on a gri
 def gland_network() -> nn.Sequential:
     """Cubes (B, 1, SIDE, SIDE, SIDE) -> logits of the gland, same shape: a residual U-Net.
 
-    Its finest level has half the resolution, with each 2³ voxels as eight channels: at the same cost it holds twice as
-    many channels as one at full resolution, and learned a fold of real pairs in less time (docs/results.md).
+    Its finest level has half the resolution, with each 2³ voxels as eight channels: twice the channels of a network at
+    full resolution at about half its cost.
     """
     return nn.Sequential(
         SubpixelDownsample(3, 1, 8, conv_block=None),

@@ -243,6 +243,9 @@ def test_a_run_is_two_plain_commands_and_the_evaluation_knows_the_paper_s_networ
     assert "--start_path='/starts/1.pt'" in last.evaluate
     assert "--iterations=9" in last.train and "--iterations=9" not in last.evaluate
     assert f"--ckpt_path='{tmp_path}/runs/delta0/fold1/model.pt'" in last.evaluate
+    plan["settings"]["start_path"] = ["/starts/{fold}.pt", "/other.pt"]  # several networks, averaged
+    *_, last = runs_of({"baseline": None}, plan, "/data", tmp_path)
+    assert "--start_path=['/starts/1.pt', '/other.pt']" in last.evaluate
 
 
 def test_tables_hold_the_variants_that_are_complete_and_compare_them_with_the_first(tmp_path):

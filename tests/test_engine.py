@@ -150,7 +150,9 @@ def test_the_newest_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over_al
 
 
 def test_a_checkpoint_whose_writing_fails_leaves_the_name_to_the_one_before(tmp_path, monkeypatch):
-    engine.save_whole({"a": torch.ones(2)}, tmp_path / "checkpoint_epoch=1.pt")
+    step, _, state = trainer()
+    SaveCheckpoints(str(tmp_path), state).attach(step)
+    step.run(range(2), max_epochs=1)
 
     def full(content, file):
         file.write(b"half")
@@ -158,5 +160,7 @@ def test_a_checkpoint_whose_writing_fails_leaves_the_name_to_the_one_before(tmp_
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        engine.save_whole({"a": torch.zeros(2)}, tmp_path / "checkpoint_epoch=1.pt")
-    assert torch.load(tmp_path / "checkpoint_epoch=1.pt", weights_only=True)["a"].sum() == 2
+        step.run(range(2), max_epochs=2)
+    (left,) = tmp_path.iterdir()  # nor does half a file stay under another name
+    assert left.name == "checkpoint_epoch=1.pt"
+    assert torch.load(left, weights_only=True)["network"]["weight"].sum() == 2

@@ -64,13 +64,6 @@ def test_it_starts_from_the_network_s_field(pair):
     assert torch.equal(still, network(pair)) and not torch.allclose(moved, still, atol=0.1)
 
 
-def test_the_network_can_be_left_out(pair):
-    network = NoField().eval()
-    network.forward = lambda image: torch.full((1, 3, *SIZE), 2.0)
-    alone = RefinedInferer("float32", use_network=False, steps=5)(pair, network)
-    assert torch.equal(alone, RefinedInferer("float32", steps=5)(pair, NoField().eval()))
-
-
 def test_each_pair_of_a_batch_is_fitted_alone(pair):
     both = torch.cat([pair, pair.flip(2)])
     inferer = RefinedInferer("float32", steps=5)

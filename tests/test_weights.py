@@ -1,6 +1,7 @@
 """The weights in models/: what they are, and that the defaults register with them."""
 
 import csv
+import json
 import re
 from statistics import median
 
@@ -40,3 +41,20 @@ def test_the_defaults_register_new_phantoms_better_than_their_centres(tmp_path):
     assert medians["shipped"]["dsc"] > medians["centre"]["dsc"]
     assert medians["shipped"]["true_error_mm"] < medians["centre"]["true_error_mm"]
     assert medians["shipped"]["folded_percent"] == 0
+
+
+def test_the_record_names_the_ddf_network_only_when_it_took_part(tmp_path):
+    cohort = write_cohort(tmp_path / "cohort", patients=1, seed=2027, split=(0, 0, 1))
+    moving, fixed = (next((cohort / "test" / f"{side}_images").iterdir()) for side in ("moving", "fixed"))
+    records, ddfs = [], []
+    for more in ({}, {"use_network": True}):
+        out = tmp_path / f"out{len(records)}"
+        settings = {"moving": moving, "fixed": fixed, "output_dir": out} | more
+        result = run("scripts", "register", *flags(settings))
+        assert result.returncode == 0, result.stderr[-3000:]
+        records.append(json.loads((out / "qa.json").read_text("utf-8")))
+        ddfs.append((out / "ddf.nii.gz").read_bytes())
+    hashes = [record["weights_sha256"] for record in records]
+    assert hashes == [None, sha256(str(ROOT / "models" / "model.pt"))]
+    assert records[0]["precision"] == "float32" and ddfs[0] != ddfs[1]
+    assert all(len(record["start_weights_sha256"]) == 2 for record in records)
