@@ -43,8 +43,8 @@ def register(
         fixed: the TRUS volume, likewise.
         output_dir: where to write; made if it does not exist.
         start: as the weights were trained: "learned" (the glands found in the two images coincide), which is the
-            default; "centre" (the volumes' centres coincide); "header" (world coordinates as they are); or a linear ITK
-            transform file that maps fixed to moving points.
+            default; "centre" (the volumes' centres coincide); "header" (world coordinates as they are); "rigid" (by
+            elastix, from the centres on); or a linear ITK transform file that maps fixed to moving points.
         moving_labels: label file of the moving image, warped as well.
         fixed_labels: label file of the fixed image; with moving_labels, DSC and TRE are reported.
         overlay: a config with the settings other weights were trained with, for example configs/baseline.yaml.
@@ -53,7 +53,7 @@ def register(
     pair = {"moving_image": moving, "fixed_image": fixed, "moving_label": moving_labels, "fixed_label": fixed_labels}
     pair = {k: absolute(v) for k, v in pair.items() if v is not None}
     if start is not None:
-        named = start in ("centre", "header", "learned")
+        named = start in ("centre", "header", "learned", "rigid")
         settings["start"] = start if named else absolute(start)
     for name in {"ckpt_path", "start_path"} & set(settings):
         settings[name] = absolute(settings[name])
@@ -163,6 +163,7 @@ def crossval(
     address: str | None = None,
     cores_per_fold: int | None = None,
     only: str | None = None,
+    base: str | None = None,
     **settings,
 ) -> None:
     """Cross-validate the Baseline and its variants by patient, on Ray; needs requirements-crossval.txt.
@@ -175,19 +176,21 @@ def crossval(
         python -m scripts crossval --dataset_dir DIR --folds 12 --variants baseline --output_dir cv \\
             --only baseline:$SLURM_ARRAY_TASK_ID
 
-    Writes folds.json, runs/VARIANT/foldK, and of the variants that are complete cases.csv, landmarks.csv and
-    statistics.csv: paired Wilcoxon tests against the first variant. Exit code 1 if a fold failed.
+    Writes folds.json, runs/VARIANT/foldK, and of the variants that are complete cases.csv, landmarks.csv, patients.csv
+    and statistics.csv: paired Wilcoxon tests against the first variant. Exit code 1 if a fold failed.
 
     Args:
         dataset_dir: a data set that is not split.
         output_dir: where to write; on a cluster, a folder that all machines share.
         folds: how many; patients are dealt at random.
-        variants: "baseline", names of configs/variant_NAME.yaml, overlay files; separated by commas, the first is what
-            the others are compared with.
+        variants: "baseline", names of configs/variant_NAME.yaml, overlay files; separated by commas, and the first is
+            what the others are compared with. + joins several into one: "delta0+l2". Without training: "none",
+            "none+centroids", and elastix by "nmi", "ncc", "ssd", each also "+rigid" or "+centroids".
         fold_seed: the same seed gives the same folds.
         address: of a Ray cluster to join, for example "auto"; the default is this machine.
         cores_per_fold: CPU cores of a fold; without a GPU at most 4 by default.
         only: one fold of one variant as VARIANT:FOLD, or several, separated by commas.
+        base: an overlay for all variants, below their own, for example configs/real_pairs_cpu.yaml.
         settings: any setting of configs/train.json, for all folds, for example --iterations 20000.
     """
     from scripts.crossval import cross_validate
@@ -201,6 +204,7 @@ def crossval(
         address,
         cores_per_fold,
         chosen,
+        None if base is None else str(base),
         settings,
     )
     if failed:

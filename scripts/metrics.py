@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
 import torch
 from ignite.engine import Engine, Events
+from monai.metrics import compute_hausdorff_distance
 from torch import Tensor
 
 from scripts import fields
@@ -54,6 +56,22 @@ def dice(a: Tensor, b: Tensor) -> Tensor:
     return 2 * (a & b).sum((1, 2, 3, 4)).double() / (a.sum((1, 2, 3, 4)) + b.sum((1, 2, 3, 4)))
 
 
+def hausdorff95(a: Tensor, b: Tensor, spacing: Sequence[float]) -> float:
+    """95th percentile of the distances between two surfaces in mm, the larger of both directions; NaN if one is empty.
+
+    Args:
+        a, b: label maps in [0, 1], shape (X, Y, Z), binarised at ≥ 0.5.
+        spacing: voxel size (x, y, z) in mm.
+    """
+    a, b = a >= 0.5, b >= 0.5
+    if not (a.any() and b.any()):
+        return math.nan
+    spacing = [float(s) for s in spacing]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI's, about an argument of its own
+        return compute_hausdorff_distance(a[None, None], b[None, None], True, percentile=95, spacing=spacing).item()
+
+
 def target_registration_error(distances: Sequence[float]) -> float:
     """TRE of one case in mm: root mean square of its centroid distances (§3.3).
 
@@ -63,18 +81,25 @@ def target_registration_error(distances: Sequence[float]) -> float:
     return math.sqrt(sum(d * d for d in known) / len(known)) if known else math.nan
 
 
-def folded_percent(displacement: Tensor, affine: Tensor, inside: Tensor | None = None) -> float:
-    """Percentage of voxels where the transform folds, det J ≤ 0; NaN where there are none.
+def jacobian_statistics(displacement: Tensor, affine: Tensor, inside: Tensor | None = None) -> dict[str, float]:
+    """Of det J over interior voxels: folded (≤ 0) percent, smallest, mean, standard deviation of its logarithm.
 
     Args:
-        displacement: shape (1, 3, X, Y, Z), RAS mm.
+        displacement: shape (3, X, Y, Z), RAS mm.
         affine: of its grid.
-        inside: a label (X, Y, Z) to count in, ≥ 0.5; all interior voxels by default.
+        inside: a label (X, Y, Z), ≥ 0.5; then `folded_gland_percent` too, NaN where it is empty.
     """
-    folded = fields.jacobian_determinant(displacement, affine)[0] <= 0
+    jacobian = fields.jacobian_determinant(displacement[None], affine)[0].double()
+    found = {
+        "folded_percent": 100 * (jacobian <= 0).double().mean().item(),
+        "jacobian_min": jacobian.min().item(),
+        "jacobian_mean": jacobian.mean().item(),
+        "jacobian_sd_log": jacobian.clamp_min(1e-9).log().std().item(),
+    }
     if inside is not None:
-        folded = folded[inside[1:-1, 1:-1, 1:-1] >= 0.5]
-    return 100 * folded.double().mean().item()
+        gland = jacobian[inside[1:-1, 1:-1, 1:-1] >= 0.5]
+        found["folded_gland_percent"] = 100 * (gland <= 0).double().mean().item()
+    return found
 
 
 def true_error(displacement: Tensor, truth: Tensor, gland: Tensor) -> float:
@@ -109,12 +134,13 @@ def score_case(
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Scores of one case, and of each of its labels; arguments and label scores as in `evaluate_labels`.
 
-    The case's are `dsc` (channel 0, the gland), `tre_mm` (the landmarks) and `tre_with_gland_mm`.
+    The case's are `dsc` and `hd95_mm` (channel 0, the gland), `tre_mm` (the landmarks) and `tre_with_gland_mm`.
     """
     labels = evaluate_labels(warped, fixed, spacing)
     distances = [label["distance_mm"] for label in labels]
     tre, with_gland = target_registration_error(distances[1:]), target_registration_error(distances)
-    return {"dsc": labels[0]["dsc"], "tre_mm": tre, "tre_with_gland_mm": with_gland}, labels
+    case = {"dsc": labels[0]["dsc"], "hd95_mm": hausdorff95(warped[0], fixed[0], spacing)}
+    return case | {"tre_mm": tre, "tre_with_gland_mm": with_gland}, labels
 
 
 def _before(scores: dict[str, float]) -> dict[str, float]:
@@ -126,9 +152,9 @@ class EvaluationTable:
     """Ignite handler that scores each registered case, before (start alignment only) and after, on the original grid.
 
     Channel 0 is the gland, the others are landmarks. Medians over the cases go to `engine.state.metrics`:
-    `dsc_before`, `dsc`, `tre_before_mm`, `tre_mm` (landmarks), `tre_with_gland_before_mm`, `tre_with_gland_mm`,
-    `folded_percent`, `folded_gland_percent`, `seconds` (network, field and warp), for phantoms
-    `true_error_before_mm`, `true_error_mm` (see `true_error`), and the number `empty_warped`. Cases go to `rows`.
+    those of `score_case`, each also with `_before`, and of `jacobian_statistics`; `seconds` (network, field and warp);
+    for phantoms `true_error_before_mm`, `true_error_mm` (see `true_error`); and the number `empty_warped`. Cases go to
+    `rows`.
 
     Args:
         output_dir: where to write `cases.csv` and `landmarks.csv`; None writes nothing.
@@ -173,12 +199,8 @@ class EvaluationTable:
                 name
                 | _before(case_before)
                 | case_after
-                | {
-                    "folded_percent": folded_percent(item["displacement"][None], fixed.affine),
-                    "folded_gland_percent": folded_percent(item["displacement"][None], fixed.affine, gland),
-                    "empty_warped": sum(empty),
-                    "seconds": seconds,
-                }
+                | jacobian_statistics(item["displacement"], fixed.affine, gland)
+                | {"empty_warped": sum(empty), "seconds": seconds}
             )
 
     def _summarise(self, engine: Engine) -> None:

@@ -89,14 +89,10 @@ def quality(item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor
     """
     affine = item["original_fixed_image"].affine
     displacement = item["displacement"][None]
-    jacobian = fields.jacobian_determinant(displacement, affine)
     covered = torch.ones_like(item["original_moving_image"].as_tensor())[None]
     covered = fields.pull(covered, item["original_moving_image"].affine, displacement, affine)
     stretch = torch.linalg.svdvals(item["start"][:3, :3].double())
-    record = {
-        "folded_percent": 100 * (jacobian <= 0).double().mean().item(),
-        "jacobian_min": jacobian.min().item(),
-        "jacobian_sd_log": jacobian.clamp_min(1e-9).log().std().item(),
+    record = metrics.jacobian_statistics(displacement[0], affine) | {
         "max_displacement_mm": moved.norm(dim=1).max().item(),
         "covered_percent": 100 * (covered > 0).double().mean().item(),
         "start_stretch_min": stretch.min().item(),

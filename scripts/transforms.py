@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scripts import checks, fields
 from scripts.data import KEYS, TRUTH
+from scripts.pairwise import rigid_start
 from scripts.start import CLOSE, NOMINAL, SIDE, align_moments, close_up, coarsened, cube_affine, frame, moments
 
 IMAGES, LABELS = KEYS[:2], KEYS[2:]
@@ -108,27 +109,30 @@ def read_start(start: str, moving: MetaTensor, fixed: MetaTensor) -> Tensor:
 
     Args:
         start: "centre" (the volumes' centres coincide, axes keep their world directions), "header" (world coordinates
-            as they are), or a linear ITK transform file (.tfm, .txt, .mat; fixed -> moving, LPS, as ITK writes it).
-        moving, fixed: the volumes, shape (C, X, Y, Z).
+            as they are), "rigid" (from the centres on, elastix registers the images rigidly, see
+            `scripts.pairwise.rigid_start`), or a linear ITK transform file (.tfm, .txt, .mat; fixed -> moving, LPS, as
+            ITK writes it).
+        moving, fixed: the images, shape (1, X, Y, Z).
 
     Raises:
-        InputError: no such file, or not one linear 3-D transform.
+        InputError: no such file, or not one linear 3-D transform; no elastix.
     """
     matrix = torch.eye(4, dtype=torch.float64)
-    if start == "centre":
+    if start in ("centre", "rigid"):
         for volume, sign in ((moving, 1), (fixed, -1)):
             middle = (torch.tensor(volume.shape[1:], dtype=torch.float64) - 1) / 2
             matrix[:3, 3] += sign * (volume.affine[:3, :3].double() @ middle + volume.affine[:3, 3].double())
-    elif start != "header":
-        matrix = _read_itk_matrix(start)
-    return matrix
+        return matrix if start == "centre" else rigid_start(moving, fixed, matrix)
+    return matrix if start == "header" else _read_itk_matrix(start)
 
 
 def _read_itk_matrix(path: str) -> Tensor:
     import itk  # slow to import, and only this start needs it
 
     if not Path(path).is_file():
-        raise checks.InputError(f'{path}: not found; a start is "centre", "header" or a linear ITK transform file')
+        raise checks.InputError(
+            f'{path}: not found; a start is "centre", "header", "learned", "rigid" or a linear ITK transform file'
+        )
     try:
         transforms = itk.transformread(path)
     except RuntimeError as error:
@@ -155,7 +159,7 @@ class PlanFixedGridd(MapTransform):
             fixed gland that was found: the cube of its second look, whose `spacing` is in the millimetres of a gland of
             nominal length, so that neither a small prostate nor a wrong voxel size in the headers changes anything.
         start: "learned", see `scripts.start.align_moments`, between the glands that `scripts.start.FindGlandsd` added;
-            or see `read_start`.
+            "centroids", the labelled glands' centroids coincide, an oracle that only evaluates; or see `read_start`.
         kind: of the learned start.
     """
 
@@ -170,6 +174,8 @@ class PlanFixedGridd(MapTransform):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         if self.start == "learned":
             start = align_moments(moments(data["fixed_gland"]), moments(data["moving_gland"]), self.kind)
+        elif self.start == "centroids":
+            start = self._between_labels(data)
         else:
             start = read_start(self.start, data["moving_image"], data["fixed_image"])
         grid_affine, size, spacing = (self._around_gland if self.by_gland else self._field_of_view)(data)
@@ -186,6 +192,13 @@ class PlanFixedGridd(MapTransform):
             if key in LABELS:
                 coarse[key] = (coarse[key] >= 0.5).float()
         return coarse
+
+    @staticmethod
+    def _between_labels(data: Mapping[Hashable, MetaTensor]) -> Tensor:
+        for key in LABELS:
+            if key not in data or not data[key][:1].any():
+                raise checks.InputError(f'{data.get("case")}: start "centroids" needs label 0, the gland, in {key}')
+        return align_moments(*(moments(data[key][:1]) for key in LABELS[::-1]), "translation")
 
     @staticmethod
     def _around_gland(data: Mapping[Hashable, MetaTensor]) -> tuple[Tensor, list[int], Tensor]:

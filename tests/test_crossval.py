@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,26 +16,15 @@ import torch
 from conftest import ROOT, TINY, flags, run
 
 from scripts.checks import InputError
-from scripts.crossval import (
-    DONE,
-    LOG,
-    Run,
-    collect,
-    cross_validate,
-    deal,
-    last_lines,
-    on_ray,
-    overlay_of,
-    progress,
-    run_fold,
-    runs_of,
-    watch,
-    write_plan,
-)
+from scripts.crossval import cross_validate, on_ray, run_fold
 from scripts.data import FOLDERS
 from scripts.phantom import write_cohort
+from scripts.plan import CONFIGS, DONE, LOG, Run, deal, name_of, overlays_of, runs_of, write_plan
+from scripts.tables import collect, patients
+from scripts.watch import last_lines, progress, watch
 
 HEADER = "case,patient,dsc,tre_mm,empty_warped"
+LANDMARKS = "case,patient,label,distance_mm,empty_warped"
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +101,7 @@ def test_a_killed_fold_and_a_killed_runner_leave_no_trace_in_the_tables(unsplit,
     assert again.returncode == 0, again.stdout + again.stderr
     assert "--resume=True" in (first / LOG).read_text() and "Restored all variables" in (first / LOG).read_text()
     assert len(scores(killed / "cases.csv")) == 8 and "delta0           dsc    median" in again.stdout
-    assert len(list(csv.DictReader((killed / "statistics.csv").open()))) == 4
+    assert len(list(csv.DictReader((killed / "statistics.csv").open()))) == 2 * 5  # variants, metrics
 
     broken = tmp_path / "broken.yaml"
     broken.write_text("precision: half\n")
@@ -136,10 +126,9 @@ def a_run(folder, train="pass", evaluate="", fold=0, cases="ab"):
     """A run whose processes are lines of Python; the evaluation writes its cases.csv."""
     where = folder / "evaluation"
     lines = [HEADER, *(f"{c},{c},0.8,3,0" for c in cases)]
+    tables = {"cases.csv": "\n".join(lines), "landmarks.csv": f"{LANDMARKS}\na,a,0,1,False"}
     write = f"import pathlib as p; d = p.Path({str(where)!r}); d.mkdir(exist_ok=True);"
-    write += (
-        f"(d / 'cases.csv').write_text({chr(10).join(lines)!r}); (d / 'landmarks.csv').write_text('case,label\\na,0')"
-    )
+    write += f"[(d / name).write_text(text) for name, text in {tables!r}.items()]"
     return Run("baseline", fold, str(folder), ["-c", train], ["-c", evaluate or write], ["a", "b"])
 
 
@@ -236,7 +225,7 @@ def test_the_paper_s_76_patients_make_8_folds_of_6_and_4_of_7_that_share_nobody(
 def test_a_run_is_two_plain_commands_and_the_evaluation_knows_the_paper_s_networks(tmp_path):
     plan = {"folds": [{"p": ["a"]}, {"q": ["b"]}], "fold_seed": 4, "settings": {"iterations": 9, "spacing": 1.0}}
     plan["settings"]["start_path"] = "/starts/{fold}.pt"
-    *_, last = runs_of({"baseline": None, "delta0": overlay_of("delta0")}, plan, "/data", tmp_path)
+    *_, last = runs_of({"baseline": [], "delta0": overlays_of("delta0")}, plan, "/data", tmp_path)
     names = [[Path(f).name for f in eval(words[4])] for words in (last.train, last.evaluate)]
     assert names == [["train.json", "variant_delta0.yaml"], ["evaluate.json", "baseline.yaml", "variant_delta0.yaml"]]
     assert {"--fold=1", "--fold_count=2", "--fold_seed=4", "--spacing=1.0"} < set(last.train) & set(last.evaluate)
@@ -244,8 +233,45 @@ def test_a_run_is_two_plain_commands_and_the_evaluation_knows_the_paper_s_networ
     assert "--iterations=9" in last.train and "--iterations=9" not in last.evaluate
     assert f"--ckpt_path='{tmp_path}/runs/delta0/fold1/model.pt'" in last.evaluate
     plan["settings"]["start_path"] = ["/starts/{fold}.pt", "/other.pt"]  # several networks, averaged
-    *_, last = runs_of({"baseline": None}, plan, "/data", tmp_path)
+    *_, last = runs_of({"baseline": []}, plan, "/data", tmp_path)
     assert "--start_path=['/starts/1.pt', '/other.pt']" in last.evaluate
+
+
+def test_parts_of_a_variant_are_joined_in_their_order(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("alpha: 0.2\n")
+    names = [path.name for path in overlays_of(f"baseline+delta0+start+{mine}")]
+    assert names == ["variant_delta0.yaml", "start.yaml", "mine.yaml"]
+    assert name_of(f"delta0+{mine}") == "delta0+mine" and name_of("baseline") == "baseline"
+
+
+def test_what_learns_nothing_is_only_evaluated_and_the_start_is_scored_by_an_overlay_of_its_own(tmp_path):
+    plan = {"folds": [{"p": ["a"]}], "fold_seed": 0, "settings": {"iterations": 9}}
+    variants = {name: overlays_of(name) for name in ("nmi+centroids", "start+fine_tune")}
+    pairwise, start = runs_of(variants, plan, "/data", tmp_path)
+    assert pairwise.train == []
+    scored = [eval(run.evaluate[4]) for run in (pairwise, start)]
+    assert scored[0][2:] == [str(CONFIGS / f"variant_{name}.yaml") for name in ("nmi", "centroids")]
+    assert scored[1] == [str(CONFIGS / "evaluate.json"), str(CONFIGS / "start_weights.yaml")]
+    assert progress(pairwise, 0)[0] == "waiting"
+    Path(pairwise.folder).mkdir(parents=True)
+    pairwise.log.write_text("$ python")
+    assert progress(pairwise, 0)[0] == "evaluating"
+
+
+def test_a_patient_s_tre_is_over_all_landmarks_of_all_its_cases_without_the_gland():
+    rows = [
+        ("a1", "a", 0, 9),
+        ("a1", "a", 1, 3),
+        ("a2", "a", 0, 9),
+        ("a2", "a", 1, 4),
+        ("a2", "a", 2, "nan"),
+        ("b", "b", 0, 1),
+    ]
+    landmarks = [dict(zip(LANDMARKS.split(","), (*map(str, row), str(row[3] == "nan")), strict=True)) for row in rows]
+    a, b = patients("baseline", landmarks)
+    assert (a["cases"], a["landmarks"], a["empty_warped"]) == (2, 2, 1) and a["tre_mm"] == pytest.approx(12.5**0.5)
+    assert b["landmarks"] == 0 and math.isnan(b["tre_mm"])
 
 
 def test_tables_hold_the_variants_that_are_complete_and_compare_them_with_the_first(tmp_path):
@@ -256,7 +282,7 @@ def test_tables_hold_the_variants_that_are_complete_and_compare_them_with_the_fi
             (folder / "evaluation").mkdir(parents=True)
             rows = [f"{c}{fold},{c},{dsc + i / 100},{'' if c == 'b' else 3 + i},0" for i, c in enumerate("abcd")]
             (folder / "evaluation" / "cases.csv").write_text("\n".join([HEADER, *rows]))
-            (folder / "evaluation" / "landmarks.csv").write_text(f"case,label,distance_mm\na{fold},0,1.5\n")
+            (folder / "evaluation" / "landmarks.csv").write_text(f"{LANDMARKS}\na{fold},a,1,1.5,False\n")
             if (variant, fold) != ("l2", 1):
                 (folder / DONE).touch()
             runs.append(Run(variant, fold, str(folder), [], [], []))

@@ -98,11 +98,21 @@ def test_an_empty_warped_label_has_dice_zero_and_no_distance_and_an_absent_label
 
 
 def test_folding_is_a_percentage_of_the_inner_voxels():
-    displacement = torch.zeros(1, 3, 12, 6, 6, dtype=torch.float64)
+    displacement = torch.zeros(3, 12, 6, 6, dtype=torch.float64)
     affine = torch.diag(torch.tensor([0.8, 0.8, 0.8, 1.0], dtype=torch.float64))
-    assert metrics.folded_percent(displacement, affine) == 0
-    displacement[:, 0, 6:] = -1.6 * 1.01  # neighbours 5 and 6 change places: central differences at both fold
-    assert metrics.folded_percent(displacement, affine) == pytest.approx(100 * 2 / 10)
+    still = {"folded_percent": 0, "jacobian_min": 1, "jacobian_mean": 1, "jacobian_sd_log": 0}
+    assert metrics.jacobian_statistics(displacement, affine) == pytest.approx(still)
+    displacement[0, 6:] = -1.6 * 1.01  # neighbours 5 and 6 change places: central differences at both fold
+    found = metrics.jacobian_statistics(displacement, affine)
+    assert found["folded_percent"] == pytest.approx(100 * 2 / 10)
+    assert found["jacobian_min"] == pytest.approx(-0.01) and found["jacobian_mean"] == pytest.approx(0.798)
+
+
+def test_the_hausdorff_distance_of_a_moved_box_is_the_move_in_mm():
+    a, b = box((2, 6), (2, 6), (2, 6))[0, 0], box((4, 8), (2, 6), (2, 6))[0, 0]
+    assert metrics.hausdorff95(a, a, (0.5, 1, 1)) == 0
+    assert metrics.hausdorff95(a, b, (0.5, 1, 1)) == pytest.approx(1.0)  # two voxels of 0.5 mm
+    assert math.isnan(metrics.hausdorff95(a, torch.zeros_like(a), (1, 1, 1)))
 
 
 def test_a_csv_table_keeps_its_rows(tmp_path):
@@ -120,9 +130,9 @@ def test_the_true_error_is_the_median_distance_in_the_gland_alone():
 
 
 def test_folding_is_counted_inside_a_label_when_one_is_given():
-    displacement = torch.zeros(1, 3, 20, 18, 16)
-    displacement[:, 0, 12:] = -2 * torch.arange(8.0).view(1, 8, 1, 1)  # x runs backwards from 12 on
+    displacement = torch.zeros(3, 20, 18, 16)
+    displacement[0, 12:] = -2 * torch.arange(8.0).view(8, 1, 1)  # x runs backwards from 12 on
     affine = torch.eye(4)
-    assert metrics.folded_percent(displacement, affine) > 20
-    assert metrics.folded_percent(displacement, affine, box((3, 8), (3, 9), (3, 9))[0, 0]) == 0
-    assert metrics.folded_percent(displacement, affine, box((14, 17), (3, 9), (3, 9))[0, 0]) == 100
+    for inside, folded in (((3, 8), 0), ((14, 17), 100)):
+        found = metrics.jacobian_statistics(displacement, affine, box(inside, (3, 9), (3, 9))[0, 0])
+        assert found["folded_gland_percent"] == folded and found["folded_percent"] > 20
