@@ -15,7 +15,7 @@ test: .venv/installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -q -n auto --dist loadfile tests
 
 bench: .venv/installed .venv-bench/installed  ## every comparison of docs/benchmarks.md, about an hour; leave the machine alone
-	for part in loss registration training classical growth; do .venv-bench/bin/python benchmarks/$$part.py || exit 1; done
+	for part in loss registration training prefilt classical growth; do .venv-bench/bin/python benchmarks/$$part.py || exit 1; done
 	$(BIN)/python benchmarks/startup.py
 
 lint: .venv/installed-test

@@ -71,7 +71,12 @@ def register(
 
 
 def phantom(
-    output_dir: str, patients: int = 20, seed: int = 0, mode: str = "realistic", pairs_per_patient: int = 1
+    output_dir: str,
+    patients: int = 20,
+    seed: int = 0,
+    mode: str = "realistic",
+    pairs_per_patient: int = 1,
+    like_paper: bool = False,
 ) -> None:
     """Simulate a cohort of MR-TRUS pairs with labels and the true displacement.
 
@@ -84,9 +89,16 @@ def phantom(
         seed: the same seed gives the same cohort.
         mode: "realistic", or "randomised": any contrast, noise and field of view, to pretrain on.
         pairs_per_patient: the most pairs of a patient; above 1 the files are called patient000000_1.nii.gz.
+        like_paper: 76 patients, 108 pairs and 834 labels in the paper's proportions, not split, for crossval; of the
+            other arguments only the seed counts.
     """
     from scripts.checks import InputError
+    from scripts.paper_cohort import write_paper_cohort
     from scripts.phantom import write_cohort
+
+    if like_paper:
+        print(", ".join(f"{count} {kind}" for kind, count in write_paper_cohort(output_dir, seed).items()))
+        return
 
     try:
         write_cohort(output_dir, patients, seed, mode=mode, pairs_per_patient=pairs_per_patient)

@@ -25,9 +25,13 @@ class Anatomy:
         axes: half-axes of the gland, mm.
         label_names: gland, transition_zone, urethra, then the landmarks this patient has.
         centres: landmark -> (x, y, z) in mm; radii: landmark -> mm.
+
+    Args:
+        rng: the only source of randomness.
+        keep: chances that a pole, the first and the second landmark of a kind are landmarks of this patient.
     """
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: np.random.Generator, keep: tuple[float, float, float] = (0.8, 0.6, 0.25)) -> None:
         volume = float(np.clip(rng.lognormal(np.log(56), 0.42), 16, 110))  # mL, as in men sent to biopsy
         ratio = np.array([23, 18, 23]) * np.exp(rng.normal(0, 0.08, 3))
         self.axes = tuple((ratio * (volume / (4e-3 / 3 * np.pi * ratio.prod())) ** (1 / 3)).tolist())
@@ -40,7 +44,7 @@ class Anatomy:
         self._draw_neighbours(rng)
         self.nodules = self.centres = self.radii = {}
         self._fit_volume(volume)
-        self._draw_landmarks(rng)
+        self._draw_landmarks(rng, keep)
 
     def _draw_neighbours(self, rng: np.random.Generator) -> None:
         a, b, c = self.axes
@@ -82,7 +86,7 @@ class Anatomy:
         found = (depth > 0).double().mean().item() * np.prod([2.8 * 30 / 29 * half for half in self.axes]) / 1000
         self.axes = tuple(half * (volume / found) ** (1 / 3) for half in self.axes)
 
-    def _draw_landmarks(self, rng: np.random.Generator) -> None:
+    def _draw_landmarks(self, rng: np.random.Generator, chances: tuple[float, float, float]) -> None:
         points, depth = self._cloud(rng)
         zone = self.gland(*points)[1]
         inside = depth > 0
@@ -110,7 +114,7 @@ class Anatomy:
             if point is not None:
                 centres[name] = point
         names = list(centres)
-        keep = [n for n in names if rng.random() < (0.8 if n in POLES else 0.25 if n.endswith("_2") else 0.6)]
+        keep = [n for n in names if rng.random() < chances[0 if n in POLES else 2 if n.endswith("_2") else 1]]
         if len(keep) < 2:
             keep = names[:2]
         order = rng.permutation(len(keep))

@@ -244,16 +244,17 @@ def write_cohort(
     for patient, part in enumerate(tqdm(["train"] * train + ["val"] * val + ["test"] * test, desc="phantom")):
         rng = np.random.default_rng([seed, patient])
         if pairs_per_patient == 1:
-            _write_pair(output_dir / part, f"case{patient:06d}", simulate_pair(rng, **pair_options))
+            write_pair(output_dir / part, f"case{patient:06d}", simulate_pair(rng, **pair_options))
             continue
         anatomy = Anatomy(rng)
         for k in range(1, 1 + int(rng.integers(1, pairs_per_patient + 1))):
             pair = simulate_pair(np.random.default_rng([seed, patient, k]), anatomy=anatomy, **pair_options)
-            _write_pair(output_dir / part, f"patient{patient:06d}_{k}", pair)
+            write_pair(output_dir / part, f"patient{patient:06d}_{k}", pair)
     return output_dir
 
 
-def _write_pair(folder: Path, name: str, pair: PhantomPair) -> None:
+def write_pair(folder: Path, name: str, pair: PhantomPair) -> None:
+    """Write a pair as `write_cohort` does, into the five sub-folders of `folder`."""
     lps = pair.true_displacement[:, :, :, None].cpu() * torch.tensor([-1.0, -1.0, 1.0])
     for part, volume, affine in (
         ("moving_images", pair.moving_image.round().to(torch.uint8), pair.moving_affine),
