@@ -1,7 +1,8 @@
-"""A training step un-filtered and pre-filtered (Baseline-preFilt, Hu et al. 2018, §3.2.2), as the paper and as we do each;
-the paper measured preFilt some 25 % faster.
+"""A training step un-filtered and pre-filtered (Baseline-preFilt, Hu et al. 2018, §3.2.2), as the paper and as we do.
 
-A step is network, loss, backward and Adam on one batch of phantoms. The sides:
+The paper measured preFilt some 25 % faster. A step is network, loss, backward and Adam on one batch of phantoms.
+The sides:
+
     un-filtered, closed form       configs/train.json
     un-filtered, convolutions      both labels filtered at each scale, the warped one in the graph, as the paper does
     pre-filtered as drawn          configs/variant_prefilt.yaml

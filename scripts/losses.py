@@ -187,6 +187,39 @@ class MultiscaleDiceLoss(nn.Module):
         return value if gradient is None else _KnownGradient.apply(warped, value, gradient)
 
 
+class MultiscaleSquaredDiceLoss(nn.Module):
+    """One minus the mean over scales of ``2 Σ ab / (Σ a² + Σ b²)`` of the filtered labels (not in the paper): 0 for
+    equal labels at any scale. ``Σ (G b)² = ⟨GᵀG b, b⟩``. Arguments as in `MultiscaleDiceLoss`."""
+
+    def __init__(self, scales: Sequence[float] = PAPER_SCALES) -> None:
+        super().__init__()
+        self.scales = tuple(float(s) for s in scales)
+
+    def forward(self, warped: Tensor, fixed: Tensor, spacing: Tensor) -> Tensor:
+        """Mean over the batch; arguments as in `MultiscaleDiceLoss.forward`."""
+        _check_labels(warped, fixed, spacing)
+        return 1 - _by_spacing(self._dice, warped, fixed.detach(), spacing)
+
+    def _dice(self, warped: Tensor, fixed: Tensor, spacing: Tensor) -> Tensor:
+        """Mean over scales of the Dice: shape (B,), float64."""
+
+        def inner(one: Tensor, other: Tensor) -> Tensor:
+            return (one * other).sum((2, 3)).double().sum(1)
+
+        with torch.no_grad():
+            a, b = fixed[:, 0].contiguous(), warped.detach()[:, 0].contiguous()
+            value, gradient = 0, torch.zeros_like(b) if warped.requires_grad else None
+            for scale in _filters(self.scales, a, spacing):
+                of_a, of_b = _apply(scale.k, a), _apply(scale.k, b)
+                both, size = inner(of_a, b), (inner(of_a, a) + inner(of_b, b)).clamp_min(1e-6)
+                value = value + 2 * both / size / len(self.scales)
+                if gradient is not None:
+                    slopes = (2 / size, -4 * both / size**2)
+                    for field, slope in zip((of_a, of_b), slopes, strict=True):
+                        gradient.addcmul_(field, (slope / len(self.scales)).to(a).view(-1, 1, 1, 1))
+        return value if gradient is None else _KnownGradient.apply(warped, value, gradient.unsqueeze(1))
+
+
 class MultiscaleCrossEntropyLoss(nn.Module):
     """Multiscale cross-entropy, Eq. (6): foreground plus background, the fixed label as target, the mean over voxels
     and scales; filtered labels are clipped to [1e-6, 1 − 1e-6]. Arguments as in `MultiscaleDiceLoss`."""

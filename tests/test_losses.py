@@ -15,6 +15,7 @@ from scripts.losses import (
     LabelDrivenLoss,
     MultiscaleCrossEntropyLoss,
     MultiscaleDiceLoss,
+    MultiscaleSquaredDiceLoss,
     PrefilteredLoss,
     WeightedSum,
     gaussian_matrix,
@@ -83,6 +84,15 @@ def cross_entropy(warped, fixed, spacing, scales=PAPER_SCALES, smooth=filter_num
     return total / len(scales)
 
 
+def squared_dice(warped, fixed, spacing, scales=PAPER_SCALES, smooth=filter_numpy):
+    """1 − the mean Dice with squares in its denominator, one pair of volumes (X, Y, Z)."""
+    total = 0
+    for scale in scales:
+        a, b = smooth(fixed, scale, spacing), smooth(warped, scale, spacing)
+        total = total + 2 * (a * b).sum() / ((a * a).sum() + (b * b).sum())
+    return 1 - total / len(scales)
+
+
 def value_and_gradient(loss, warped, *rest):
     warped = warped.clone().requires_grad_()
     value = loss(warped, *rest)
@@ -126,6 +136,16 @@ def test_multiscale_dice_takes_the_voxel_size_of_each_pair_of_a_batch(dtype, tol
     spacing = [(0.8, 0.8, 0.8), (0.7, 1.1, 2.5), (1.6, 0.8, 0.8)]
     found = value_and_gradient(MultiscaleDiceLoss(), warped, fixed, torch.tensor(spacing, dtype=torch.float64))
     assert_close(found, transcribed(dice_loss, warped, fixed, spacing), tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+def test_multiscale_squared_dice_is_its_transcription_in_value_and_gradient(dtype, tolerance):
+    warped, fixed = labels(batch=2, dtype=dtype)
+    spacing = [(0.8, 0.8, 0.8), (0.7, 1.1, 2.5)]
+    found = value_and_gradient(MultiscaleSquaredDiceLoss(), warped, fixed, torch.tensor(spacing, dtype=torch.float64))
+    assert_close(found, transcribed(squared_dice, warped, fixed, spacing), 30 * tolerance)
+    mm = torch.tensor(spacing, dtype=torch.float64)
+    assert MultiscaleSquaredDiceLoss()(fixed, fixed, mm).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_a_batch_of_one_voxel_size_is_the_mean_of_its_pairs():

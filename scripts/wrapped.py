@@ -1,0 +1,44 @@
+"""Networks around networks, (B, C, X, Y, Z) -> DDF (B, 3, X, Y, Z) in voxels: for any size, or read as a velocity."""
+
+from __future__ import annotations
+
+from monai.networks.blocks import DVF2DDF
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Padded(nn.Module):
+    """A network that takes only sizes that 16 divides, such as MONAI's LocalNet, for any size: zeros around the pair.
+
+    Args:
+        network: the network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        size = image.shape[2:]
+        missing = [-n % 16 for n in size]
+        padding = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]
+        x, y, z = (slice(m // 2, m // 2 + n) for m, n in zip(missing, size, strict=True))
+        return self.network(F.pad(image, padding))[:, :, x, y, z]
+
+
+class Integrated(nn.Module):
+    """A network's field read as a stationary velocity and integrated by scaling and squaring, so that it does not fold
+    (Arsigny et al., MICCAI 2006; Dalca et al., MedIA 2019). Cannot be exported to TorchScript.
+
+    Args:
+        network: gives the velocity in voxels.
+        steps: squarings.
+    """
+
+    def __init__(self, network: nn.Module, steps: int = 7) -> None:
+        super().__init__()
+        self.network = network
+        self.integrate = DVF2DDF(steps, mode="bilinear", padding_mode="border")
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.integrate(self.network(image).float())
