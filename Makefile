@@ -3,12 +3,12 @@ BIN := .venv/bin
 
 PAIRS ?= $(wildcard ../shared/data/label_reg_sample)
 
-.PHONY: demo train test bench lint clean
+.PHONY: demo train test bench experiments lint clean
 
 demo: .venv/installed  ## phantoms, and a pair of PAIRS, registered with the weights in models/; pictures in demo/
 	$(BIN)/python -m scripts demo --output_dir demo $(if $(PAIRS),--pairs $(PAIRS))
 
-train: .venv/installed  ## three minutes of training on phantoms, then others registered; in demo/ likewise
+train: .venv/installed  ## two minutes of training on phantoms, then others registered; in demo/ likewise
 	$(BIN)/python -m scripts demo --train True --output_dir demo
 
 test: .venv/installed-test  ## the whole test suite
@@ -17,6 +17,21 @@ test: .venv/installed-test  ## the whole test suite
 bench: .venv/installed .venv-bench/installed  ## every comparison of docs/benchmarks.md, about an hour; leave the machine alone
 	for part in loss registration training prefilt classical growth; do .venv-bench/bin/python benchmarks/$$part.py || exit 1; done
 	$(BIN)/python benchmarks/startup.py
+
+PAIRWISE := $(foreach m,none nmi ncc ssd,$(m) $(m)+rigid $(m)+centroids)
+NETWORKS := baseline delta0 delta14 l2 msce prefilt no_additive global_net composite_net
+comma := ,
+joined = $(subst $(eval) ,$(comma),$(strip $(1)))
+CROSSVAL = $(BIN)/python -m scripts crossval --cores_per_fold 1 --learning_rate 1e-3
+
+experiments: .venv/installed-test  ## every experiment of docs/experiments.md, two to three hours each; PAIRS is label-reg's sample
+	$(CROSSVAL) --dataset_dir $(PAIRS) --folds 4 --left_right 1 --base real_pairs_cpu+experiments_real \
+		--variants $(call joined,$(NETWORKS) start+fine_tune $(PAIRWISE)) --output_dir runs/experiments_real
+	$(BIN)/python -m scripts report runs/experiments_real
+	test -d runs/paper_cohort || $(BIN)/python -m scripts phantom --like_paper --seed 1 --output_dir runs/paper_cohort
+	$(CROSSVAL) --dataset_dir runs/paper_cohort --folds 12 --patient_pattern '(patient[0-9]+)_' --base experiments_phantoms \
+		--variants $(call joined,baseline delta0 global_net localnet start+fine_tune $(PAIRWISE)) --output_dir runs/experiments_phantoms
+	$(BIN)/python -m scripts report runs/experiments_phantoms
 
 lint: .venv/installed-test
 	$(BIN)/ruff check scripts tests benchmarks && $(BIN)/ruff format --check scripts tests benchmarks

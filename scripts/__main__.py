@@ -154,7 +154,7 @@ def demo(
     Args:
         output_dir: the demonstration's own folder; an earlier demonstration in it is replaced.
         pairs: a data set of real pairs with labels; its first pair is registered as well.
-        train: train the learned start on phantoms for about three minutes, from nothing, and register by it.
+        train: train the learned start on phantoms for about two minutes, from nothing, and register by it.
         iterations: training steps; the default is that of configs/demo.yaml.
     """
     from scripts.demo import register_phantoms, train_on_phantoms
