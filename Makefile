@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 PAIRS ?= $(wildcard ../shared/data/label_reg_sample)
 
-.PHONY: demo train test bench experiments lint clean
+.PHONY: demo train test bench experiments release lint clean
 
 demo: .venv/installed  ## phantoms, and a pair of PAIRS, registered with the weights in models/; pictures in demo/
 	$(BIN)/python -m scripts demo --output_dir demo $(if $(PAIRS),--pairs $(PAIRS))
@@ -33,6 +33,9 @@ experiments: .venv/installed-test  ## every experiment of docs/experiments.md, t
 		--variants $(call joined,baseline delta0 global_net localnet start+fine_tune $(PAIRWISE)) --output_dir runs/experiments_phantoms
 	$(BIN)/python -m scripts report runs/experiments_phantoms
 
+release: .venv/installed  ## dist/prostate_mr_trus_registration_vVERSION.zip, as MONAI's model zoo wants it
+	$(BIN)/python -m scripts release --output_dir dist
+
 lint: .venv/installed-test
 	$(BIN)/ruff check scripts tests benchmarks && $(BIN)/ruff format --check scripts tests benchmarks
 
@@ -52,4 +55,4 @@ lint: .venv/installed-test
 	touch $@
 
 clean:
-	rm -rf demo runs eval .pytest_cache .ruff_cache
+	rm -rf demo dist runs eval .pytest_cache .ruff_cache

@@ -223,6 +223,20 @@ def crossval(
         sys.exit(f"error: {failed} failed, see above; the same command goes on where they stopped")
 
 
+def release(output_dir: str = "dist") -> None:
+    """Pack this bundle as one archive, as MONAI's model zoo wants it, and its SHA-256.
+
+    Example:
+        python -m scripts release --output_dir dist
+
+    Args:
+        output_dir: where prostate_mr_trus_registration_vVERSION.zip is written.
+    """
+    from scripts.release import build
+
+    print(build(output_dir))
+
+
 def run_config(name: str, *overlays: str | Path | None, **settings) -> None:
     """Run a config of this bundle in this process, as `python -m monai.bundle run` does; an overlay may be None."""
     import logging
@@ -253,6 +267,7 @@ def main() -> None:
         arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
     try:
         verbs = {"register": register, "phantom": phantom, "sweep": sweep, "demo": demo, "crossval": crossval}
+        verbs |= {"release": release}
         fire.Fire(verbs, arguments, name="python -m scripts")
     except Exception as error:
         refused = refusal(error)
