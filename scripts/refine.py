@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from scripts.checks import InputError
 from scripts.engine import PrecisionInferer
-from scripts.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss
+from scripts.losses import BendingEnergy, LabelDrivenLoss, MultiscaleSquaredDiceLoss
 
 
 def spline_matrix(size: int, apart: float) -> Tensor:
@@ -37,10 +37,11 @@ def free_form(control: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 class RefinedInferer(PrecisionInferer):
     """`PrecisionInferer`, and in prediction the DDF of each pair is then fitted to the glands found in its images.
 
-    What is added to the network's field is a free-form deformation of cubic B-splines. It minimises the network's own
-    objective, Eq. (1)-(2) with the found glands as the label: multiscale Dice plus α times the bending energy of the
-    sum. No label of the pair is used, so it may be done on any pair. A fit with no better objective than the network's
-    field is dropped.
+    What is added to the network's field is a free-form deformation of cubic B-splines. It minimises the objective of
+    Eq. (1)-(2) with the found glands, above one half, as the label: multiscale Dice plus α times the bending energy of
+    the sum. The Dice has squares in its denominator: equal glands are then its optimum, however soft or blurred, while
+    Eq. (4) of soft maps is better when the moving one is squeezed. No label of the pair is used, so it may be done on
+    any pair. A fit with no better objective than the network's field is dropped.
 
     Args:
         precision, tolerance: of the network, see `PrecisionInferer`.
@@ -58,13 +59,13 @@ class RefinedInferer(PrecisionInferer):
         precision: str = "auto",
         tolerance: float = 0.05,
         steps: int = 30,
-        alpha: float = 1.0,
+        alpha: float = 0.5,
         apart: float = 8.0,
         scales: Sequence[float] = (0, 1, 2, 4),
     ) -> None:
         super().__init__(precision, tolerance)
         self.steps, self.apart = steps, apart
-        self.loss = LabelDrivenLoss(MultiscaleDiceLoss(scales), BendingEnergy(), alpha)
+        self.loss = LabelDrivenLoss(MultiscaleSquaredDiceLoss(scales), BendingEnergy(), alpha)
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         ddf = super().__call__(inputs, network, *args, **kwargs)
@@ -77,7 +78,7 @@ class RefinedInferer(PrecisionInferer):
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _fit(self, ddf: Tensor, glands: Tensor) -> Tensor:
-        ddf, (moving, fixed) = ddf.clone(), glands.float().clone().split(1, dim=1)
+        ddf, (moving, fixed) = ddf.clone(), (glands > 0.5).float().split(1, dim=1)
         targets = {"moving_label": moving, "fixed_label": fixed, "spacing": torch.ones(1, 3, dtype=torch.float64)}
         matrices = [spline_matrix(n, self.apart).to(ddf) for n in ddf.shape[2:]]
         # a quarter of a voxel off: on the voxels themselves, where no network has moved them, interpolation has kinks

@@ -55,6 +55,14 @@ def test_the_glands_come_to_lie_on_each_other_and_nothing_folds(pair):
     assert jacobian_determinant(ddf).min() > 0.2
 
 
+@pytest.mark.parametrize("sharper", [1, 0.1])  # an outline found with more or less doubt is still where it is
+def test_equal_glands_are_left_where_they_are(sharper):
+    gland = ball((15.0, 14.0, 18.0), (10.0, 6.0, 10.0))
+    doubted = torch.sigmoid(sharper * torch.logit(gland, 1e-6))
+    ddf = RefinedInferer("float32")(torch.cat([torch.rand(1, 2, *SIZE), doubted, gland], dim=1), NoField().eval())
+    assert ddf.norm(dim=1).max() < 0.3 and jacobian_determinant(ddf).min() > 0.9
+
+
 def test_it_starts_from_the_network_s_field(pair):
     network = NoField().eval()
     network.forward = lambda image: torch.zeros(1, 3, *SIZE).index_fill(1, torch.tensor(0), 2.0)
