@@ -27,7 +27,7 @@ from scripts.metrics import write_csv
 from scripts.outputs import NOTICE
 from scripts.report_cases import Example, evaluation_of, example_cases
 from scripts.report_figures import box_plot, maps, png, slices, write_pdf
-from scripts.report_tables import Method, html_table, number, read_methods, start_alone, summary
+from scripts.report_tables import Method, best_of, headline, html_table, number, read_methods, start_alone, summary
 
 BOXES = {"tre_mm": "TRE (mm)", "dsc": "gland DSC (no unit)", "true_error_mm": "true error in the gland (mm)"}
 BEFORE = "start alone"
@@ -105,21 +105,6 @@ def report(output_dir: str | Path, variant: str | None = None, dataset_dir: str 
     return folder / "report.html"
 
 
-def best_of(methods: Mapping[str, Method], trained: bool = True) -> str | None:
-    """The trained (or not trained) method of lowest median TRE, or with the gland where no case has landmarks.
-
-    A case whose labels were all warped away counts as the worst, where another method has a value for it.
-    """
-    chosen = [name for name, method in methods.items() if method.trained == trained]
-    for metric in ("tre_mm", "tre_with_gland_mm"):
-        table = np.array([method.values(metric) for method in methods.values()])
-        table = table[:, ~np.isnan(table).all(0)]
-        if table.size:
-            middle = dict(zip(methods, np.median(np.nan_to_num(table, nan=np.inf), 1), strict=True))
-            return min(chosen, key=middle.get, default=None)
-    return next(iter(chosen), None)
-
-
 # ---- figures, each with its caption
 
 
@@ -150,20 +135,6 @@ def pictures(output: Path, name: str, method: Method, dataset_dir: str | None) -
 # ---- sentences
 
 
-def headline(rows: Mapping[str, Mapping[str, Any]], best: str | None, rival: str | None) -> str:
-    """What the page says first: the best trained variant, the best without training."""
-    sentences = []
-    for name, what in ((best, "trained"), (rival, "not trained")):
-        parts = []
-        for metric, words, unit, digits in (("tre_mm", "TRE", " mm", 1), ("dsc", "gland DSC", "", 2)):
-            known = rows.get(name, {})
-            middle, low, high = (number(known.get(f"{metric}_{p}", math.nan), digits) for p in ("median", "q1", "q3"))
-            parts.append(f"{words} {middle} [{low}, {high}]{unit}".replace(" ", "\N{NO-BREAK SPACE}"))
-        if name:
-            sentences.append(f"Best median TRE, {what}: {name}, with {' and '.join(parts)}.")
-    return " ".join(sentences) + " Median [quartiles] over held-out cases."
-
-
 def scores(name: str, row: Mapping[str, str], example: Example) -> str:
     """The heading of a row of slices."""
     tre = " → ".join(number(float(row[f"tre_with_gland{when}_mm"] or "nan"), 1) for when in ("_before", ""))
@@ -189,35 +160,44 @@ def facts(output: Path, plan: Mapping[str, Any], methods: Mapping[str, Method]) 
             files, settings = evaluation_of(run)
             data, overlays[run.parent.name] = Path(settings["dataset_dir"]).name, files
     markers = [json.loads((run / DONE).read_text(encoding="utf-8") or "{}") for run in runs]
-    made = sorted({" ".join(f"{k} {m[k]}" for k in ("version", "commit") if m.get(k)) for m in markers} - {""})
-    code = " and ".join(made) or "commit not recorded"
+    made = {" ".join(f"{k} {m[k]}" for k in ("version", "commit") if m.get(k)) for m in markers}
+    code = " and ".join(sorted(text or "commit not recorded" for text in made))
     folds, method = plan["folds"], next(iter(methods.values()))
     patients = sum(map(len, folds))
     landmarks = sum(int(r["label"]) > 0 and not math.isnan(float(r["dsc"] or "nan")) for r in method.labels)
+    settings = plan.get("base", {}) | plan["settings"]
     known = {
         "Data": f"{data}: {len(method.cases)} cases of {patients} patients, {landmarks} landmarks",
         "Folds": f"{len(folds)}, of {' + '.join(str(len(f)) for f in folds)} patients, seed {plan['fold_seed']}",
         "Trained": ", ".join(name for name, m in methods.items() if m.trained) or "none",
         "Not trained": ", ".join(name for name, m in methods.items() if not m.trained) or "none",
-        "Settings": ", ".join(f"{k} = {v}" for k, v in plan["settings"].items()) or "those of configs/train.json",
+        "Settings": ", ".join(f"{k} = {v}" for k, v in settings.items()) or "those of configs/train.json",
         "Code": code,
     }
-    variants = [str(overlays[n][-1]) if is_own(overlays.get(n)) else n for n in methods if not n.startswith(BEFORE)]
-    given = {"dataset_dir": data, "folds": len(folds), "fold_seed": plan["fold_seed"], "variants": ",".join(variants)}
-    given |= {"output_dir": output.name} | plan["settings"]
+    split = {name: typed(name, overlays.get(name, [])) for name in methods if not name.startswith(BEFORE)}
+    given = {"dataset_dir": data, "folds": len(folds), "fold_seed": plan["fold_seed"]}
+    given |= {"base": below} if (below := max(base for base, _ in split.values())) else {}
+    given |= {"variants": ",".join(own for _, own in split.values()), "output_dir": output.name} | plan["settings"]
     command = "python -m scripts crossval " + " ".join(flag(k, v) for k, v in given.items())
-    caption = f"{known['Data']}, {len(folds)} folds by patient; {code}."
     return {
         "data": data,
         "facts": known,
-        "caption": caption,
+        "caption": f"{known['Data']}, {len(folds)} folds by patient; {code}.",
         "commands": f"{command}\npython -m scripts report {output.name}",
     }
 
 
-def is_own(overlays: Sequence[Path] | None) -> bool:
-    """Whether a variant is a file outside configs/."""
-    return bool(overlays) and overlays[-1].parent != CONFIGS
+def typed(name: str, overlays: Sequence[Path]) -> tuple[str, str]:
+    """How an evaluation's overlays were typed: those below all variants, and the variant called `name`."""
+    if not overlays or overlays[0] != CONFIGS / "baseline.yaml":
+        return "", name
+    own = len([part for part in name.split("+") if part != "baseline"])
+    below, above = overlays[1 : len(overlays) - own], overlays[len(overlays) - own :]
+    words = [
+        "+".join(f.stem.removeprefix("variant_") if f.parent == CONFIGS else str(f) for f in files)
+        for files in (below, above)
+    ]
+    return words[0], words[1] or name
 
 
 def flag(name: str, value: Any) -> str:

@@ -112,7 +112,8 @@ def evaluation_of(run: Path) -> tuple[list[Path], dict[str, Any]]:
     settings = dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
     overlays = []
     for file in files[1:]:
-        here = file if file.is_file() else CONFIGS / file.name
+        here = CONFIGS / file.name if file.parent.name == CONFIGS.name else file
+        here = here if here.is_file() else file
         if not here.is_file():
             raise InputError(f"{file}: not found; {run.parent.name} was evaluated with it")
         overlays.append(here)

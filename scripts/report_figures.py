@@ -63,20 +63,10 @@ def box_plot(values: Mapping[str, Sequence[float]], label: str, untrained: Seque
         for row, (name, cases) in enumerate(known.items()):
             colour = UNTRAINED if name in untrained else TRAINED
             if len(cases):
-                line = {"color": INK, "linewidth": 1.2}
-                box = {"facecolor": colour, "alpha": 0.25, "edgecolor": INK}
-                ax.boxplot(
-                    cases,
-                    positions=[row],
-                    widths=0.6,
-                    orientation="horizontal",
-                    showfliers=False,  # every case is drawn
-                    patch_artist=True,
-                    boxprops=box,
-                    whiskerprops=line,
-                    capprops=line,
-                    medianprops={"color": INK, "linewidth": 2.4},
-                )
+                line, box = {"color": INK, "linewidth": 1.2}, {"facecolor": colour, "alpha": 0.25, "edgecolor": INK}
+                look = {"boxprops": box, "whiskerprops": line, "capprops": line, "patch_artist": True, "widths": 0.6}
+                look |= {"medianprops": line | {"linewidth": 2.4}, "showfliers": False}  # every case is a dot
+                ax.boxplot(cases, positions=[row], orientation="horizontal", **look)
             shift = 0.22 * np.sin(2.4 * np.arange(len(cases)))  # dots of equal value are seen apart
             ax.plot(cases, row + shift, "o", color=colour, markersize=4, alpha=0.75, markeredgewidth=0)
         names = [textwrap.fill(f"{name} ({len(cases)})", 26) for name, cases in known.items()]

@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from scripts.checks import InputError
 from scripts.crossval import DONE, WEIGHTS
 from scripts.metrics import target_registration_error, warped_away
@@ -104,6 +106,21 @@ def start_alone(method: Method) -> Method:
     return Method(cases, labels, False)
 
 
+def best_of(methods: Mapping[str, Method], trained: bool = True) -> str | None:
+    """The trained (or not trained) method of lowest median TRE, or with the gland where no case has landmarks.
+
+    A case whose labels were all warped away counts as the worst, where another method has a value for it.
+    """
+    chosen = [name for name, method in methods.items() if method.trained == trained]
+    for metric in ("tre_mm", "tre_with_gland_mm"):
+        table = np.array([method.values(metric) for method in methods.values()])
+        table = table[:, ~np.isnan(table).all(0)]
+        if table.size:
+            middle = dict(zip(methods, np.median(np.nan_to_num(table, nan=np.inf), 1), strict=True))
+            return min(chosen, key=middle.get, default=None)
+    return next(iter(chosen), None)
+
+
 def patient_tre(labels: Rows) -> list[float]:
     """TRE of each patient in mm: over the landmarks of all of the patient's cases, the gland left out."""
     by_patient: dict[str, list[float]] = {}
@@ -164,6 +181,20 @@ def difference(row: Mapping[str, Any], metric: str, digits: int) -> str:
     chance = "p &lt; 0.001" if p < 0.001 else f"p = {number(p, 3)}"
     text = f"{centre} [{low}, {high}]<br><small>{chance}, {pairs} pairs</small>"
     return f"<b>{text}</b>" if p < LEVEL else text
+
+
+def headline(rows: Mapping[str, Mapping[str, Any]], best: str | None, rival: str | None) -> str:
+    """What the page says first: the best trained variant, the best without training."""
+    sentences = []
+    for name, what in ((best, "trained"), (rival, "not trained")):
+        parts = []
+        for metric, words, unit, digits in (("tre_mm", "TRE", " mm", 1), ("dsc", "gland DSC", "", 2)):
+            known = rows.get(name, {})
+            middle, low, high = (number(known.get(f"{metric}_{p}", math.nan), digits) for p in ("median", "q1", "q3"))
+            parts.append(f"{words} {middle} [{low}, {high}]{unit}".replace(" ", "\N{NO-BREAK SPACE}"))
+        if name:
+            sentences.append(f"Best median TRE, {what}: {name}, with {' and '.join(parts)}.")
+    return " ".join(sentences) + " Median [quartiles] over held-out cases."
 
 
 def html_table(rows: Sequence[Mapping[str, Any]], first: str) -> str:

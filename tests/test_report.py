@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,21 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run
+from conftest import ROOT, TINY, run
 from PIL import Image
 
 from scripts import report_cases
 from scripts.__main__ import run_config
 from scripts.checks import InputError
-from scripts.crossval import DONE, LOG, collect, deal, overlay_of, run_fold, runs_of, write_plan
+from scripts.crossval import cross_validate
 from scripts.networks import SummedDDFNet
 from scripts.phantom import write_cohort
-from scripts.report import flag, report
+from scripts.report import flag, report, typed
 from scripts.report_cases import choose, evaluation_of, maps_of
 from scripts.report_tables import number, patient_tre
 
 PICTURES = ("tre", "dsc", "true_error", "slices", "maps")
-REAL_NAME = "unsplit & small"  # is escaped on the page
+DATA = "unsplit & small"  # is escaped on the page
 
 
 def write_weights(path, size, seed):
@@ -44,35 +43,30 @@ def write_weights(path, size, seed):
 def crossval(tmp_path_factory) -> Path:
     """A cross-validation of four tiny phantoms in two folds: two variants, one row without training, one incomplete.
 
-    The trainings are left out: weights lie where they would have written them. baseline is evaluated as crossval does
-    it, the others by the same config in this process.
+    The trainings are left out: weights lie where they would have written them. baseline is evaluated by crossval, the
+    others by the same config in this process, which is faster.
     """
     folder = tmp_path_factory.mktemp("report")
     size = {"fixed_shape": (22, 30, 22), "fixed_spacing": 3.0, "moving_shape": (26, 26, 20)}
-    data = folder / REAL_NAME
-    write_cohort(data, 4, seed=3, split=(1, 0, 0), moving_spacing=(2.8, 2.8, 3.6), **size)
-    output = folder / "cv"
-    plan = {"fold_seed": 0, "settings": TINY, "folds": deal(str(data), 2, 0, None)}
-    write_plan(output / "folds.json", plan)
-    variants = {name: overlay_of(name) for name in ("baseline", "l2", "delta0")} | {"nothing": None}
-    runs = runs_of(variants, plan, str(data), output)
-    for one in runs:
-        place = Path(one.folder)
-        if one.variant == "baseline":
-            write_weights(place / "model.pt", 0.02, one.fold)
-            assert run_fold(one, threads=1) is None
-        elif one.variant == "delta0":
-            (output / "runs" / "delta0" / "fold0").mkdir(parents=True, exist_ok=True)
-        else:
-            write_weights(place / "model.pt", 0.05, one.fold)
-            (place / LOG).write_text(f"\n$ python {shlex.join(one.evaluate)}\n")
+    write_cohort(folder / DATA, 4, seed=3, split=(1, 0, 0), moving_spacing=(2.8, 2.8, 3.6), **size)
+    (folder / "nothing.yaml").write_text("use_network: false\n")
+    output, variants = folder / "cv", ["baseline", "l2", str(folder / "nothing.yaml")]
+    runs = {(name, k): output / "runs" / name / f"fold{k}" for name in ("baseline", "l2", "nothing") for k in (0, 1)}
+    for (name, k), place in runs.items():
+        write_weights(place / "model.pt", 0.05 if name == "l2" else 0.02, k)
+    one_by_one = {"only": ["baseline:0", "baseline:1"], "cores": 1}
+    assert cross_validate(str(folder / DATA), str(output), 2, variants, settings=TINY, **one_by_one) == 0
+    for (name, k), place in runs.items():
+        if name != "baseline":
+            log = (runs["baseline", k] / "log.txt").read_text().replace("/runs/baseline/", f"/runs/{name}/")
+            (place / "log.txt").write_text(log)
             overlays, settings = evaluation_of(place)
-            run_config("evaluate.json", *overlays, **settings | {"use_network": one.variant != "nothing"})
-            marker = {"variant": one.variant, "fold": one.fold, "version": "9.9.9", "commit": "abc1234"}
-            (place / DONE).write_text(json.dumps(marker))
-            if one.variant == "nothing":
-                (place / "model.pt").unlink()
-    collect([one for one in runs if one.variant != "delta0"], output)
+            run_config("evaluate.json", *overlays, **settings | {"use_network": name == "l2"})
+            (place / "done.json").write_text(json.dumps({"version": "9.9.9", "commit": "abc1234"}))
+        if name == "nothing":
+            (place / "model.pt").unlink()
+    (output / "runs" / "delta0" / "fold0").mkdir(parents=True)
+    assert cross_validate(str(folder / DATA), str(output), 2, variants, settings=TINY) == 0  # writes the tables
     return output
 
 
@@ -141,7 +135,7 @@ def test_the_page_shows_the_tables_the_data_the_folds_and_what_is_left_out(cross
     assert [row[0] for row in shown.tables[0][1:]] == ["baseline", "l2"]
     assert "TRE, mm, difference from baseline" in first and "true error, mm" in first
     assert "delta0: 0 of 2 folds are done" in shown.text and "delta0" not in str(shown.tables)
-    assert "Research use only" in shown.text and f"{REAL_NAME}: 4 cases of 4 patients" in shown.text
+    assert "Research use only" in shown.text and f"{DATA}: 4 cases of 4 patients" in shown.text
     assert "version 9.9.9 commit abc1234" in shown.text
     assert "python -m scripts crossval --dataset_dir 'unsplit & small' --folds 2" in shown.text
 
@@ -191,7 +185,7 @@ def test_other_weights_are_registered_anew(crossval, page, tmp_path):
     record = moved / "report" / "cases"
     used = {json.loads((p / "qa.json").read_text())["weights"] for p in record.iterdir()}
     other = "l2" if any("baseline" in w for w in used) else "baseline"
-    report(moved, variant=other, dataset_dir=str(crossval.parent / REAL_NAME))
+    report(moved, variant=other, dataset_dir=str(crossval.parent / DATA))
     shown = Page((moved / "report" / "report.html").read_text()).text
     assert f"{other}, held-out cases of best" in shown
     again = [json.loads((p / "qa.json").read_text())["weights"] for p in record.iterdir()]
@@ -241,6 +235,15 @@ def test_figures_and_flags_are_written_to_be_read():
         "−∞",
     ]
     assert flag("scales", [0, 0.5]) == "--scales '[0, 0.5]'" and flag("start", "centre") == "--start centre"
+    configs = ROOT / "configs"
+    mine = [
+        configs / "baseline.yaml",
+        configs / "real_pairs_cpu.yaml",
+        configs / "variant_l2.yaml",
+        Path("/x/mine.yaml"),
+    ]
+    assert typed("l2+mine", mine) == ("real_pairs_cpu", "l2+/x/mine.yaml")
+    assert typed("baseline", mine[:2]) == ("real_pairs_cpu", "baseline") and typed("start", []) == ("", "start")
     assert flag("patient_pattern", r"(p\d+)_") == "--patient_pattern '(p\\d+)_'"
 
 
