@@ -107,7 +107,8 @@ def maps(examples: Mapping[str, Example]) -> Figure:
     """J, D and G on one slice, a row for each heading, one scale a column; where J ≤ 0 it is marked."""
     planes = {e: [m[..., _middle(x)] for m in (x.jacobian, x.magnitude, x.gradient)] for e, x in examples.items()}
     ends = [[max(np.nanmax(p[0]) - 1, 1 - np.nanmin(p[0])), p[1].max(), p[2].max()] for p in planes.values()]
-    ends = np.clip(np.max(ends, 0), (0.05, 0.1, 0.01), 2 * np.median(ends, 0))  # one wild case leaves the others seen
+    ends = np.minimum(np.max(ends, 0), 2 * np.median(ends, 0))  # one wild case leaves the others seen
+    ends = np.maximum(ends, (0.05, 0.1, 0.01))  # rounding errors do not look like motion
     span = min(1, ends[0])
     scales = Normalize(1 - span, 1 + span), Normalize(0, ends[1]), Normalize(0, ends[2])
     colours = [ScalarMappable(scale, name) for scale, name in zip(scales, ("RdBu", "viridis", "magma"), strict=True)]
@@ -139,7 +140,7 @@ def write_pdf(file: IO, figures: Mapping[str, Figure]) -> None:
     with drawing, PdfPages(file, metadata={"Title": "Cross-validation report", "CreationDate": None}) as pages:
         for caption, figure in figures.items():
             text = {"color": INK, "size": 9, "va": "top", "linespacing": 1.4, "parse_math": False}
-            figure.text(0.02, -0.1 / figure.get_figheight(), textwrap.fill(f"{caption} {FOOTER}", 105), **text)
+            figure.text(0.02, -0.1 / figure.get_figheight(), textwrap.fill(f"{caption} {FOOTER}", 88), **text)
             pages.savefig(figure, bbox_inches="tight", pad_inches=0.4)
 
 

@@ -136,13 +136,8 @@ def summary(name: str, method: Method, first: Method) -> dict[str, Any]:
     row: dict[str, Any] = {"variant": name, "cases": len(method.cases)}
     for metric in SPREAD:
         if metric == PATIENT:
-            row |= dict(
-                zip(
-                    (f"{PATIENT}_{p}" for p in ("median", "q1", "q3")),
-                    quartiles(patient_tre(method.labels)),
-                    strict=True,
-                )
-            )
+            parts = zip(("median", "q1", "q3"), quartiles(patient_tre(method.labels)), strict=True)
+            row |= {f"{metric}_{part}": value for part, value in parts}
         elif metric in next(iter(method.cases.values())):
             found = describe(method.cases, metric)
             if found["cases"]:
@@ -199,10 +194,8 @@ def headline(rows: Mapping[str, Mapping[str, Any]], best: str | None, rival: str
 
 def html_table(rows: Sequence[Mapping[str, Any]], first: str) -> str:
     """Rows of `summary` as a table in a box that scrolls by itself; a column that no row has is left out."""
-    heads, columns = (
-        ["method", "cases (with TRE)"],
-        [[f"{row['cases']} ({row.get('tre_mm_cases', 0)})" for row in rows]],
-    )
+    heads = ["method", "cases (with TRE)"]
+    columns = [[f"{row['cases']} ({row.get('tre_mm_cases', 0)})" for row in rows]]
     for metric, (name, digits) in SPREAD.items():
         if any(f"{metric}_median" in row for row in rows):
             heads.append(name)
