@@ -21,10 +21,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from scripts.checks import InputError
-from scripts.crossval import CONFIGS, DONE
 from scripts.files import written_whole
 from scripts.metrics import write_csv
 from scripts.outputs import NOTICE
+from scripts.plan import CONFIGS, DONE
 from scripts.report_cases import Example, evaluation_of, example_cases
 from scripts.report_figures import box_plot, maps, png, slices, write_pdf
 from scripts.report_tables import Method, best_of, headline, html_table, number, read_methods, start_alone, summary

@@ -28,11 +28,11 @@ from tqdm import tqdm
 from scripts import fields
 from scripts.__main__ import absolute, run_config
 from scripts.checks import InputError
-from scripts.crossval import CONFIGS, LOG, WEIGHTS
 from scripts.data import KEYS, datalist
 from scripts.files import written_whole
 from scripts.metrics import centroid
 from scripts.outputs import sha256
+from scripts.plan import CONFIGS, LOG, WEIGHTS
 from scripts.transforms import LoadPaird
 
 MADE = "made.json"  # of what a kept registration was made; written last

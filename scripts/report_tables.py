@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scripts.checks import InputError
-from scripts.crossval import DONE, WEIGHTS
 from scripts.metrics import target_registration_error, warped_away
+from scripts.plan import DONE, WEIGHTS
 from scripts.statistics import LEVEL, compare, describe, quartiles
 
 Rows = list[dict[str, str]]
