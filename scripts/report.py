@@ -178,7 +178,7 @@ def facts(output: Path, plan: Mapping[str, Any], methods: Mapping[str, Method]) 
     given = {"dataset_dir": data, "folds": len(folds), "fold_seed": plan["fold_seed"]}
     given |= {"base": below} if (below := max(base for base, _ in split.values())) else {}
     given |= {"variants": ",".join(own for _, own in split.values()), "output_dir": output.name} | plan["settings"]
-    command = "python -m scripts crossval " + " ".join(flag(k, v) for k, v in given.items())
+    command = " \\\n    ".join(["python -m scripts crossval", *(flag(k, v) for k, v in given.items())])
     return {
         "data": data,
         "facts": known,

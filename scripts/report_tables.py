@@ -172,6 +172,8 @@ def difference(row: Mapping[str, Any], metric: str, digits: int) -> str:
     if f"{metric}_p" not in row:
         return "reference"
     p, pairs = row[f"{metric}_p"], row[f"{metric}_pairs"]
+    if not pairs:
+        return "–<br><small>no pairs</small>"
     centre, low, high = (number(row[f"{metric}_{part}"], digits, "+") for part in ("difference", "low", "high"))
     chance = "p &lt; 0.001" if p < 0.001 else f"p = {number(p, 3)}"
     text = f"{centre} [{low}, {high}]<br><small>{chance}, {pairs} pairs</small>"

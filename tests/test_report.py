@@ -138,7 +138,7 @@ def test_the_page_shows_the_tables_the_data_the_folds_and_what_is_left_out(cross
     assert "delta0: 0 of 2 folds are done" in shown.text and "delta0" not in str(shown.tables)
     assert "Research use only" in shown.text and f"{DATA}: 4 cases of 4 patients" in shown.text
     assert "version 9.9.9 commit abc1234" in shown.text
-    assert "python -m scripts crossval --dataset_dir 'unsplit & small' --folds 2" in shown.text
+    assert "python -m scripts crossval \\\n    --dataset_dir 'unsplit & small' \\\n    --folds 2" in shown.text
 
 
 def test_the_page_needs_no_other_file_no_network_and_no_script(page):
