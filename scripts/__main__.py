@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register a pair, simulate a cohort, reconstruct a sweep, demonstrate, cross-validate.
+"""`python -m scripts VERB`: register a pair, simulate, reconstruct a sweep, demonstrate, cross-validate, report.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -237,6 +237,26 @@ def release(output_dir: str = "dist") -> None:
     print(build(output_dir))
 
 
+def report(output_dir: str, variant: str | None = None, dataset_dir: str | None = None) -> None:
+    """Make a page of what a cross-validation found: tables, box plots, the best, median and worst case.
+
+    Example:
+        python -m scripts report cv
+
+    Writes into OUTPUT_DIR/report: report.html, one file with everything on it; its figures as PNG files and as
+    figures.pdf; table1.csv, the trained variants; table2.csv, what there is without training; cases/CASE, the
+    registrations that are shown, which a second call does not repeat.
+
+    Args:
+        output_dir: the --output_dir of a cross-validation.
+        variant: whose cases are shown; the trained one with the best median TRE by default.
+        dataset_dir: where the data set is now, if it is not where it was.
+    """
+    from scripts.report import report as write
+
+    print(write(str(output_dir), None if variant is None else str(variant), dataset_dir and str(dataset_dir)))
+
+
 def run_config(name: str, *overlays: str | Path | None, **settings) -> None:
     """Run a config of this bundle in this process, as `python -m monai.bundle run` does; an overlay may be None."""
     import logging
@@ -267,7 +287,7 @@ def main() -> None:
         arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
     try:
         verbs = {"register": register, "phantom": phantom, "sweep": sweep, "demo": demo, "crossval": crossval}
-        verbs |= {"release": release}
+        verbs |= {"report": report, "release": release}
         fire.Fire(verbs, arguments, name="python -m scripts")
     except Exception as error:
         refused = refusal(error)

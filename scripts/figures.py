@@ -24,7 +24,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import median_filter
 
-__all__ = ["deformed_grid", "loss_curve", "overview"]
+__all__ = ["centre_voxel", "deformed_grid", "draw_image", "draw_letters", "draw_outline", "draw_scale_bar", "drawing"]
+__all__ += ["loss_curve", "overview", "windowed"]
 
 FOOTER = "Research use only. Not for clinical decisions."
 WIDTH, DPI = 15.0, 100  # inches, pixels per inch
@@ -35,7 +36,7 @@ ENDS = (("L", "R"), ("P", "A"), ("I", "S"))  # low and high end of each array ax
 MOTION = LinearSegmentedColormap.from_list("motion", ("#52708f", "#f3e79b", "#ff4b33"))  # no motion is still seen
 COLUMNS = ("TRUS (fixed)", "MR before", "MR after", "TRUS / MR after", "Displacement field")
 
-_drawing = threading.Lock()  # matplotlib's font and text caches are shared between figures and not thread safe
+drawing = threading.Lock()  # matplotlib's font and text caches are shared between figures and not thread safe
 
 
 def overview(
@@ -79,11 +80,11 @@ def overview(
     gland_before = None if gland_before is None else _checked("gland_before", gland_before, shape)
     gland_after = None if gland_after is None else _checked("gland_after", gland_after, shape)
 
-    fixed = _windowed(fixed, fixed)
-    before, after = (_windowed(image, np.stack((before, after))) for image in (before, after))
+    fixed = windowed(fixed, fixed)
+    before, after = (windowed(image, np.stack((before, after))) for image in (before, after))
     board = np.where(_checkerboard(shape, spacing), after, fixed)
     magnitude = np.linalg.norm(ddf * spacing[:, None, None, None], axis=0)
-    centre = _centre(shape, fixed_gland, gland_after)
+    centre = centre_voxel(shape, fixed_gland, gland_after)
     # The scale ends at 1 mm or more, so that a field of rounding errors does not look like motion.
     shown = (np.take(magnitude, centre[axis], axis).max() for axis in range(3))
     colours = ScalarMappable(Normalize(0, max(1.0, *shown)), MOTION)
@@ -121,22 +122,22 @@ def overview(
             )
             for column, (image, *glands) in enumerate(panels):
                 ax = figure.add_subplot(grid[row, column])
-                _draw_image(ax, np.take(image, index, normal), mm)
+                draw_image(ax, np.take(image, index, normal), mm)
                 if column == 4:
                     _draw_field(ax, deformed_grid(ddf, axes, index), np.take(magnitude, index, normal), mm, colours)
                 for gland, style in zip(glands, (FIXED, MOVING), strict=True):
                     if gland is not None:
-                        _draw_outline(ax, np.take(gland, index, normal), mm, style)
+                        draw_outline(ax, np.take(gland, index, normal), mm, style)
                 ax.set(xlim=limits[0][::-1], ylim=limits[1], xticks=[], yticks=[], facecolor=BACKGROUND)
                 ax.spines[:].set_visible(False)
-                _draw_letters(ax, axes, size, spacing)
+                draw_letters(ax, axes, size, spacing)
                 if row == 0:
                     ax.set_title(COLUMNS[column], color=INK, size=13, pad=8)
                 if column == 0:
                     label = f"{name}\nslice {index + 1} of {shape[normal]}"
                     ax.set_ylabel(label, color=INK, size=11.5, labelpad=10, linespacing=1.4)
                     if row == 0:
-                        _draw_scale_bar(ax, extent, limits)
+                        draw_scale_bar(ax, extent, limits)
                 if column == 4 and row == 0:
                     _draw_colour_bar(ax, colours)
         _draw_title(figure, "MR to TRUS registration", facts)
@@ -234,7 +235,7 @@ def _series(name: str, steps: ArrayLike, values: ArrayLike) -> tuple[NDArray, ND
     return _checked(f"steps of {name}", steps), values
 
 
-def _windowed(image: NDArray, reference: NDArray) -> NDArray:
+def windowed(image: NDArray, reference: NDArray) -> NDArray:
     """`image` in [0, 1] between the 1st and 99th percentile of `reference`; mid-grey if these are equal."""
     low, high = np.percentile(reference, (1, 99))
     return np.clip((image - low) / (high - low), 0, 1) if high > low else np.full(image.shape, 0.5)
@@ -247,7 +248,7 @@ def _checkerboard(shape: tuple[int, ...], spacing: NDArray) -> NDArray[np.bool_]
     return np.add.outer(np.add.outer(cubes[0], cubes[1]), cubes[2]) % 2 == 1
 
 
-def _centre(shape: tuple[int, ...], *glands: NDArray | None) -> tuple[int, ...]:
+def centre_voxel(shape: tuple[int, ...], *glands: NDArray | None) -> tuple[int, ...]:
     """Voxel nearest to the centroid of the first gland that is given and not empty, else the middle voxel."""
     for gland in glands:
         if gland is not None and (gland > 0.5).any():
@@ -255,7 +256,8 @@ def _centre(shape: tuple[int, ...], *glands: NDArray | None) -> tuple[int, ...]:
     return tuple(n // 2 for n in shape)
 
 
-def _draw_image(ax: Axes, plane: NDArray, mm: NDArray) -> None:
+def draw_image(ax: Axes, plane: NDArray, mm: NDArray) -> None:
+    """A plane in [0, 1], shape (A, B), at its place in mm: voxel centres at index × `mm`."""
     edges = [edge for n, step in zip(plane.shape, mm, strict=True) for edge in (-0.5 * step, (n - 0.5) * step)]
     ax.imshow(plane.T, "gray", vmin=0, vmax=1, origin="lower", extent=edges, interpolation="bicubic")
 
@@ -273,7 +275,8 @@ def _draw_field(ax: Axes, positions: NDArray, magnitude: NDArray, mm: NDArray, c
             ax.add_collection(LineCollection(pieces, colors=shades, linewidths=1.2, capstyle="round"))
 
 
-def _draw_outline(ax: Axes, gland: NDArray, mm: NDArray, style: tuple) -> None:
+def draw_outline(ax: Axes, gland: NDArray, mm: NDArray, style: tuple) -> None:
+    """The outline at 0.5 of a gland's plane, shape (A, B); `style` is a colour and a dash, none of an empty plane."""
     colour, dash = style
     if gland.max() > 0.5:
         gland = np.pad(gland, 1)  # closes an outline that meets the edge of the volume
@@ -281,7 +284,7 @@ def _draw_outline(ax: Axes, gland: NDArray, mm: NDArray, style: tuple) -> None:
         ax.contour(x, y, gland.T, [0.5], colors=colour, linestyles=[dash], linewidths=1.6)
 
 
-def _draw_letters(ax: Axes, axes: tuple[int, int], size: NDArray, spacing: NDArray) -> None:
+def draw_letters(ax: Axes, axes: tuple[int, int], size: NDArray, spacing: NDArray) -> None:
     """The patient's directions, just inside the edges of the volume."""
     low, high = -spacing / 2, size - spacing / 2
     for axis, sign in zip(axes, (-1, 1), strict=True):  # x runs from right to left on the picture, y upwards
@@ -295,7 +298,8 @@ def _draw_letters(ax: Axes, axes: tuple[int, int], size: NDArray, spacing: NDArr
             ax.annotate(letter, place[list(axes)], **where, **text)
 
 
-def _draw_scale_bar(ax: Axes, extent: float, limits: NDArray) -> None:
+def draw_scale_bar(ax: Axes, extent: float, limits: NDArray) -> None:
+    """A white bar of 1, 10, … mm at the lower left of a panel `extent` mm wide with these `limits`, shape (2, 2)."""
     length = 10.0 ** np.floor(np.log10(extent / 3))
     x, y = limits[0][1] - 0.05 * extent, limits[1][0] + 0.05 * extent
     halo = [withStroke(linewidth=4, foreground="black")]
@@ -339,7 +343,7 @@ def _written(path: str | os.PathLike, height: float) -> Iterator[Figure]:
     if path.suffix.lower() != ".png":
         raise ValueError(f"path: expected a name that ends in .png, got {path.name!r}")
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # in the same folder: a rename cannot cross disks
-    with _drawing:
+    with drawing:
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor=BACKGROUND)
         canvas = FigureCanvasAgg(figure)
         yield figure
