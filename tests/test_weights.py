@@ -12,7 +12,7 @@ from conftest import ROOT, flags, run
 from scripts.outputs import sha256
 from scripts.phantom import write_cohort
 
-WEIGHTS = ("start_0.pt", "start_1.pt", "model.pt")
+WEIGHTS = ("start_0.pt", "start_1.pt", "start_phantoms.pt", "model.pt")
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
