@@ -200,6 +200,27 @@ def test_checkpoint_exports_to_torchscript_and_computes_the_same(trained, tmp_pa
         torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), network(image), rtol=1e-4, atol=1e-4)
 
 
+def test_the_shipped_network_exports_to_onnx_and_onnxruntime_computes_the_same(tmp_path):
+    runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-test.txt")
+    arguments = {
+        "filepath": tmp_path / "model.onnx",
+        "ckpt_file": ROOT / "models" / "model.pt",
+        "meta_file": CONFIGS / "metadata.json",
+        "config_file": CONFIGS / "inference.json",
+        "input_shape": [1, 4, 32, 32, 32],  # the grid measured by the gland
+    }
+    result = run("monai.bundle", "onnx_export", "network_def", *flags(arguments), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    from scripts.networks import SummedDDFNet
+
+    network = SummedDDFNet(8, in_channels=4).eval()
+    network.load_state_dict(torch.load(ROOT / "models" / "model.pt", weights_only=True))
+    image = torch.rand(1, 4, 32, 32, 32)
+    (found,) = runtime.InferenceSession(str(tmp_path / "model.onnx")).run(None, {"image": image.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), network(image), rtol=1e-4, atol=1e-4)
+
+
 def test_mlflow_logs_a_run(cohort, tmp_path):
     pytest.importorskip("mlflow", reason="mlflow is the user's own choice; pip install mlflow")
     settings = {"dataset_dir": cohort, "output_dir": tmp_path, "ckpt_dir": tmp_path} | QUICK
