@@ -171,7 +171,9 @@ def facts(output: Path, plan: Mapping[str, Any], methods: Mapping[str, Method]) 
         "Folds": f"{len(folds)}, of {' + '.join(str(len(f)) for f in folds)} patients, seed {plan['fold_seed']}",
         "Trained": ", ".join(name for name, m in methods.items() if m.trained) or "none",
         "Not trained": ", ".join(name for name, m in methods.items() if not m.trained) or "none",
-        "Settings": ", ".join(f"{k} = {v}" for k, v in settings.items()) or "those of configs/train.json",
+        "Settings": ", ".join(f"{k} = {v}" for k, v in settings.items()) + "; a variant's own overlays come on top"
+        if settings
+        else "those of configs/train.json",
         "Code": code,
     }
     split = {name: typed(name, overlays.get(name, [])) for name in methods if not name.startswith(BEFORE)}
