@@ -45,7 +45,7 @@ lint: .venv/installed-test
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt requirements-crossval.txt
+.venv/installed-test: .venv/installed requirements-test.txt requirements-crossval.txt requirements-dicom.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-test.txt
 	touch $@
 

@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register a pair, simulate, reconstruct a sweep, demonstrate, cross-validate, report.
+"""`python -m scripts VERB`: register, apply a transform, simulate, reconstruct a sweep, demo, cross-validate, report.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -15,6 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def absolute(path: object) -> str | list[str]:
     """A path, or each of several, with / at its start: a config value that starts with $, @ or % would be evaluated."""
     return [absolute(one) for one in path] if isinstance(path, list | tuple) else str(Path(str(path)).resolve())
+
+
+def names(value: str | list[str]) -> list[str]:
+    """What a value with commas lists; Fire makes a tuple of some of them."""
+    return [str(v).strip() for v in (value.split(",") if isinstance(value, str) else value)]
 
 
 def register(
@@ -36,7 +41,9 @@ def register(
 
     Writes warped_moving_image.nii.gz, ddf.nii.gz, overview.png and qa.json, and with labels
     warped_moving_label.nii.gz. ddf.nii.gz maps the original fixed world to the original moving world, in LPS mm, as ITK
-    reads it: applied to the original moving image it gives the warped one.
+    and ANTs read it: applied to the original moving image it gives the warped one. For other tools, --formats names
+    any of: itk and slicer (ddf.h5), ants (ddf.nii.gz itself), niftyreg (niftyreg.nii.gz), elastix (transformix.txt),
+    dicom (registration.dcm, if both images are DICOM series; needs requirements-dicom.txt).
 
     Args:
         moving: the MR, a NIfTI, MetaImage or NRRD file, or a folder with one DICOM series.
@@ -44,11 +51,12 @@ def register(
         output_dir: where to write; made if it does not exist.
         start: as the weights were trained: "learned" (the glands found in the two images coincide), which is the
             default; "centre" (the volumes' centres coincide); "header" (world coordinates as they are); "rigid" (by
-            elastix, from the centres on); or a linear ITK transform file that maps fixed to moving points.
+            elastix, from the centres on); or a linear transform file of ITK or ANTs (.tfm, .txt, .h5, .mat) that maps
+            fixed to moving points.
         moving_labels: label file of the moving image, warped as well.
         fixed_labels: label file of the fixed image; with moving_labels, DSC and TRE are reported.
         overlay: a config with the settings other weights were trained with, for example configs/baseline.yaml.
-        settings: any setting of configs/inference.json, for example --ckpt_path FILE or --initial_channels 32.
+        settings: any setting of configs/inference.json, for example --ckpt_path FILE or --formats itk,niftyreg.
     """
     pair = {"moving_image": moving, "fixed_image": fixed, "moving_label": moving_labels, "fixed_label": fixed_labels}
     pair = {k: absolute(v) for k, v in pair.items() if v is not None}
@@ -60,6 +68,8 @@ def register(
     from scripts.data import case_name
 
     pair |= {"case": case_name(fixed), "patient": case_name(fixed)}
+    if "formats" in settings:  # a list for Fire, or text with commas
+        settings["formats"] = names(settings["formats"])
     run_config(
         "inference.json",
         overlay,
@@ -68,6 +78,55 @@ def register(
         case_folders=False,
         **settings,
     )
+
+
+def apply(
+    transform: str | list[str],
+    output: str,
+    moving: str | None = None,
+    reference: str | None = None,
+    label: bool = False,
+    interpolation: str | None = None,
+    points: str | None = None,
+    points_from: str | None = None,
+    coordinates: str | None = None,
+) -> None:
+    """Warp images or labels by a registration, or take points to the other image. Research use only.
+
+    Example:
+        python -m scripts apply --transform out/ddf.nii.gz --moving mr_2.nii.gz --output warped.nii.gz
+        python -m scripts apply --transform out/ddf.nii.gz --moving mr_zones.nii.gz --label True --output zones.nii.gz
+        python -m scripts apply --transform out/ddf.nii.gz --points targets.mrk.json --points_from moving \
+            --output targets_in_fixed.mrk.json
+
+    The transform takes points of the fixed image to points of the moving image, and so pulls moving images onto the
+    fixed grid. Points marked in the fixed image go forward through it, points marked in the moving image through its
+    inverse, whose residual is stated; a point outside the field, or whose inverse is off by more than 0.1 mm or lies
+    in a fold, is written without a position and named. Beyond the grid of a field images are 0.
+
+    Several transforms, separated by commas, are in the order in which the moving image goes through them: for A,B it
+    is warped by A and the result by B, in one interpolation; a point x of the fixed image goes to A(B(x)). That is the
+    order of adding to an ITK composite, and the reverse of the order of antsApplyTransforms -t.
+
+    Args:
+        transform: one or several of ddf.nii.gz, a displacement NIfTI of ITK, ANTs or NiftyReg; a .h5, .tfm or .txt of
+            ITK; a .mat of ANTs; linear, fields or composites.
+        output: the image (.nii.gz); the folder, if moving is one; or the points, a file like the one given.
+        moving: an image or labels of the moving world at any resolution, a folder with one DICOM series, or a folder
+            of such files and folders, which are all warped.
+        reference: an image whose grid to warp onto; the default is the transform's own grid.
+        label: True for labels, an integer index map or one binary map a channel: each label is interpolated on its
+            own, and the result holds no other values.
+        interpolation: of images: "linear", the default, "cubic" (B-spline) or "nearest".
+        points: a .csv with the columns x, y, z in mm, or a .mrk.json of 3D Slicer.
+        points_from: the image the points were marked in, "fixed" or "moving".
+        coordinates: of a .csv, "RAS" or "LPS"; the result has the same. A .mrk.json says it itself.
+    """
+    from scripts.apply import apply
+
+    paths = [None if path is None else str(path) for path in (output, moving, reference)]
+    points = None if points is None else str(points)
+    apply(names(transform), *paths, label, interpolation, points, points_from, coordinates)
 
 
 def phantom(
@@ -207,9 +266,6 @@ def crossval(
     """
     from scripts.crossval import cross_validate
 
-    def names(value: str | list[str]) -> list[str]:  # Fire makes a tuple of some of what has commas
-        return [str(v).strip() for v in (value.split(",") if isinstance(value, str) else value)]
-
     chosen = None if only is None else names(only)
     failed = cross_validate(
         *(str(dataset_dir), str(output_dir), folds, names(variants), fold_seed),
@@ -286,9 +342,8 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):  # Fire calls a bare --help of a verb with required arguments an error
         arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
     try:
-        verbs = {"register": register, "phantom": phantom, "sweep": sweep, "demo": demo, "crossval": crossval}
-        verbs |= {"report": report, "release": release}
-        fire.Fire(verbs, arguments, name="python -m scripts")
+        verbs = (register, apply, phantom, sweep, demo, crossval, report, release)
+        fire.Fire({verb.__name__: verb for verb in verbs}, arguments, name="python -m scripts")
     except Exception as error:
         refused = refusal(error)
         if refused is None:

@@ -66,11 +66,20 @@ def check_image(path: str | Path, image: np.ndarray) -> None:
     Raises:
         InputError: NaN or infinity, or one constant value.
     """
+    check_finite(path, image)
+    if image.min() == image.max():
+        raise InputError(f"{path}: every voxel is {image.flat[0]:g}; a constant image cannot be registered")
+
+
+def check_finite(path: str | Path, image: np.ndarray) -> None:
+    """Refuse NaN or infinity in an array of any shape, which every interpolation spreads.
+
+    Raises:
+        InputError: there is one.
+    """
     bad = int((~np.isfinite(image)).sum())
     if bad:
         raise InputError(f"{path}: {bad} voxels are NaN or infinite; clean the image first")
-    if image.min() == image.max():
-        raise InputError(f"{path}: every voxel is {image.flat[0]:g}; a constant image cannot be registered")
 
 
 def check_labels(path: str | Path, labels: np.ndarray) -> None:

@@ -31,7 +31,7 @@ def case_name(path: str | Path) -> str:
     return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), name)
 
 
-def _images(folder: Path) -> dict[str, Path]:
+def image_files(folder: Path) -> dict[str, Path]:
     """Case name -> image file or DICOM folder."""
     if not folder.is_dir():
         raise InputError(f"{folder}: folder not found")
@@ -57,7 +57,7 @@ def _pairs_in_folder(folder: Path, labels: bool) -> list[dict[str, str]]:
         )
     wanted = found[0] if labels or (folder / found[0][2]).is_dir() else found[0][:2]
     wanted = dict(zip(KEYS, wanted, strict=False)) | ({TRUTH: TRUTH} if (folder / TRUTH).is_dir() else {})
-    files = {key: _images(folder / name) for key, name in wanted.items()}
+    files = {key: image_files(folder / name) for key, name in wanted.items()}
     for key, name in wanted.items():
         missing = sorted(set(files["moving_image"]) ^ set(files[key]))
         if missing:

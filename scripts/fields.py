@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -188,6 +189,73 @@ def transform_points(affine: Tensor, points: Tensor) -> Tensor:
     """A 4×4 affine applied to points of shape (B, 3, X, Y, Z)."""
     affine = affine.to(points)
     return torch.einsum("ij,bj...->bi...", affine[:3, :3], points) + affine[:3, 3].view(1, 3, 1, 1, 1)
+
+
+def displaced(displacement: Tensor, affine: Tensor, points: Tensor) -> Tensor:
+    """Points moved by a displacement; beyond its grid it has the values of its border, see `covers`.
+
+    Args:
+        displacement: shape (1, 3, X, Y, Z), mm in the world.
+        affine: voxel -> world of its grid, shape (4, 4).
+        points: shape (1, 3, X', Y', Z'), mm in the world.
+    """
+    return points + sample(displacement, transform_points(torch.linalg.inv(affine), points))
+
+
+def covers(size: Sequence[int], affine: Tensor, points: Tensor) -> Tensor:
+    """Whether world points, (1, 3, X', Y', Z'), lie in a grid, to its voxels' outer faces: shape (1, 1, X', Y', Z')."""
+    voxels = transform_points(torch.linalg.inv(affine), points)
+    last = torch.tensor([*size], dtype=points.dtype, device=points.device).view(1, 3, 1, 1, 1) - 0.5
+    return ((voxels >= -0.5) & (voxels <= last)).all(1, keepdim=True)
+
+
+def _gradient(displacement: Tensor, affine: Tensor, points: Tensor) -> Tensor:
+    """∂(x + u(x))/∂x at world points (1, 3, N, 1, 1) by central differences over one voxel: shape (N, 3, 3)."""
+    halves = affine[:3, :3].T.reshape(3, 3, 1, 1, 1) / 2  # of each axis of the grid, in mm
+    ends = [displaced(displacement, affine, points + side * half) for half in halves for side in (1, -1)]
+    along = [(ends[2 * i] - ends[2 * i + 1])[0, :, :, 0, 0].T for i in range(3)]
+    return torch.stack(along, dim=-1) @ torch.linalg.inv(affine[:3, :3])
+
+
+def inverse(
+    displacement: Tensor, affine: Tensor, points: Tensor, tolerance: float = 1e-6, steps: int = 60
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where x + u(x) meets given points, by Newton's method with step halving.
+
+    A fixed-point iteration x ← y − u(x) diverges where the displacement holds a large rotation or stretch, as it does
+    with a start alignment composed in. This begins at the voxel that the displacement takes nearest to the point.
+
+    Args:
+        displacement: shape (1, 3, X, Y, Z), float64, mm in the world; border values beyond its grid.
+        affine: voxel -> world of its grid, shape (4, 4), float64.
+        points: shape (1, 3, N, 1, 1), float64, mm.
+        tolerance: of the residual, mm.
+        steps: at most.
+
+    Returns:
+        x, shape (1, 3, N, 1, 1); the residual ‖x + u(x) − y‖ in mm, shape (N,); and the Jacobian determinant at x,
+        shape (N,), ≤ 0 where the field folds and x is one of several.
+    """
+    every = [max(1, n // 48) for n in displacement.shape[2:]]
+    voxels = identity_grid(displacement.shape[2:], torch.float64, "cpu")[:, :: every[0], :: every[1], :: every[2]]
+    grid = transform_points(affine, voxels[None])
+    tree = cKDTree(displaced(displacement, affine, grid).flatten(2)[0].T.numpy())
+    x = grid.flatten(2)[:, :, tree.query(points[0, :, :, 0, 0].T.numpy())[1]][..., None, None]
+
+    def error(x: Tensor) -> Tensor:
+        return displaced(displacement, affine, x) - points
+
+    off, length = error(x), torch.ones_like(points[:, :1])
+    for _ in range(steps):
+        if off.norm(dim=1).max() <= tolerance:
+            break
+        newton = torch.linalg.pinv(_gradient(displacement, affine, x)) @ off[0, :, :, 0, 0].T[..., None]
+        tried = x - length * newton[..., 0].T[None, :, :, None, None]
+        after = error(tried)
+        better = after.norm(dim=1, keepdim=True) < off.norm(dim=1, keepdim=True)
+        x, off = torch.where(better, tried, x), torch.where(better, after, off)
+        length = torch.where(better, (2 * length).clamp_max(1), length / 2)
+    return x, off.norm(dim=1).flatten(), torch.linalg.det(_gradient(displacement, affine, x))
 
 
 def world_displacement(ddf: Tensor, grid_affine: Tensor, start: Tensor, affine: Tensor, size: Sequence[int]) -> Tensor:

@@ -22,7 +22,7 @@ from monai.transforms import Orientation
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from scripts import fields, figures, metrics
+from scripts import fields, figures, formats, metrics
 from scripts.checks import InputError
 from scripts.transforms import to_original_grid
 
@@ -157,8 +157,15 @@ def save_overview(
     )
 
 
-def save_registration(folder: Path, item: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
+def save_registration(
+    folder: Path, item: Mapping[str, Any], provenance: Mapping[str, Any], tools: Sequence[str] = ()
+) -> list[str]:
     """Write everything one registration leaves into `folder`, or nothing: files appear when all of them are complete.
+
+    Args:
+        item: what `scripts.transforms.ToOriginalGridd` leaves.
+        provenance: for the QA record.
+        tools: whose transform files to write beside ddf.nii.gz, see `scripts.formats.FILES`.
 
     Returns:
         What is to be checked, see `flags`.
@@ -172,6 +179,7 @@ def save_registration(folder: Path, item: Mapping[str, Any], provenance: Mapping
             partial / "warped_moving_image.nii.gz", item["warped_moving_image"][0].numpy(), affine, dtype=np.float32
         )
         save_displacement(partial / "ddf.nii.gz", item["displacement"].numpy(), affine)
+        formats.save_formats(partial, tools, item, affine, final=folder)
         if "warped_moving_label" in item:
             binary = (item["warped_moving_label"] >= 0.5).movedim(0, -1).numpy()
             binary = binary[..., 0] if binary.shape[-1] == 1 else binary
@@ -201,6 +209,11 @@ class SaveRegistrations:
         start: the start alignment's name, for the QA record.
         start_weights: the weights file of a learned start, or several, likewise.
         case_folders: False writes straight into `output_dir`; for a single case.
+        tools: whose transform files to write, a list or separated by commas, see `scripts.formats.checked_formats`.
+        pairs: the datalist, for what some tools need of the inputs.
+
+    Raises:
+        InputError: an unknown tool, or inputs that its file cannot be written for.
     """
 
     def __init__(
@@ -210,9 +223,12 @@ class SaveRegistrations:
         start: str,
         start_weights: str | Sequence[str] | None = None,
         case_folders: bool = True,
+        tools: str | Sequence[str] | None = None,
+        pairs: Sequence[Mapping[str, str]] = (),
     ) -> None:
         self.output_dir = Path(output_dir)
         self.case_folders = case_folders
+        self.tools = formats.checked_formats(tools, pairs)
         self.provenance: dict[str, Any] = {"start": start}
         self.provenance |= {"weights": weights, "weights_sha256": weights and sha256(weights)}
         starts = ensure_tuple(start_weights) if start_weights else ()
@@ -226,5 +242,5 @@ class SaveRegistrations:
         for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
             item = {**batch, **output}
             folder = self.output_dir / item["case"] if self.case_folders else self.output_dir
-            found = save_registration(folder, item, self.provenance | {"precision": engine.inferer.used})
+            found = save_registration(folder, item, self.provenance | {"precision": engine.inferer.used}, self.tools)
             print("; ".join([f"{item['case']}: {folder}", *(f"CHECK: {flag}" for flag in found)]))

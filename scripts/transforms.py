@@ -15,7 +15,7 @@ from monai.data import ITKReader, MetaTensor
 from monai.transforms import LoadImage, MapTransform, Orientation, Transform
 from torch import Tensor
 
-from scripts import checks, fields
+from scripts import checks, fields, formats
 from scripts.data import KEYS, TRUTH
 from scripts.pairwise import rigid_start
 from scripts.start import CLOSE, NOMINAL, SIDE, align_moments, close_up, coarsened, cube_affine, frame, moments
@@ -45,7 +45,7 @@ class LoadPaird(Transform):
     def __call__(self, data: Mapping[Hashable, str]) -> dict:
         d = dict(data)
         for key in IMAGES:
-            d[key] = self._load(data[key])
+            d[key] = load_volume(data[key])
             if len(d[key]) != 1:
                 raise checks.InputError(f"{data[key]}: expected one image, found {len(d[key])} channels")
             checks.check_image(data[key], d[key].numpy())
@@ -59,7 +59,7 @@ class LoadPaird(Transform):
         return d | {"moving_file": data["moving_image"], "fixed_file": data["fixed_image"]}
 
     def _load_label(self, path: str, image_path: str, image: MetaTensor) -> MetaTensor:
-        label = self._load(path)
+        label = load_volume(path)
         checks.check_label_geometry(
             path, tuple(label.shape[1:]), label.affine, image_path, tuple(image.shape[1:]), image.affine
         )
@@ -83,25 +83,30 @@ class LoadPaird(Transform):
         lps = torch.from_numpy(np.asarray(nifti.dataobj, dtype=np.float32)).squeeze(3).movedim(-1, 0)
         return MetaTensor(lps * torch.tensor([-1.0, -1.0, 1.0]).view(3, 1, 1, 1), affine=fixed.affine)
 
-    @staticmethod
-    def _load(path: str) -> MetaTensor:
-        if not Path(path).exists():
-            raise checks.InputError(f"{path}: file not found")
-        try:
-            if path.lower().endswith((".nii", ".nii.gz")):
-                # MONAI's NibabelReader drops the origin of a 4-D NIfTI, nibabel does not
-                nifti = nib.load(path)
-                array, affine = np.asarray(nifti.dataobj, dtype=np.float32), nifti.affine
-                array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
-            else:
-                image = LoadImage(reader=ITKReader, image_only=True, ensure_channel_first=True)(path)
-                array, affine = image.numpy().astype(np.float32), image.affine.numpy()
-        except Exception as error:  # whatever a reader raises on a damaged file is one thing to the user
-            reason = str(error.__cause__ or error).strip().splitlines()
-            why = reason[-1] if reason else repr(error)
-            raise checks.InputError(f"{path}: cannot be read as an image: {why}") from error
-        checks.check_geometry(path, array.shape[1:], affine)
-        return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine).double())
+
+def load_volume(path: str) -> MetaTensor:
+    """A NIfTI, MetaImage or NRRD file or a folder with one DICOM series: (C, X, Y, Z), float32, affine in RAS mm.
+
+    Raises:
+        InputError: it is not there, cannot be read, or its grid is no volume.
+    """
+    if not Path(path).exists():
+        raise checks.InputError(f"{path}: file not found")
+    try:
+        if path.lower().endswith((".nii", ".nii.gz")):
+            # MONAI's NibabelReader drops the origin of a 4-D NIfTI, nibabel does not
+            nifti = nib.load(path)
+            array, affine = np.asarray(nifti.dataobj, dtype=np.float32), nifti.affine
+            array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
+        else:
+            image = LoadImage(reader=ITKReader, image_only=True, ensure_channel_first=True)(path)
+            array, affine = image.numpy().astype(np.float32), image.affine.numpy()
+    except Exception as error:  # whatever a reader raises on a damaged file is one thing to the user
+        reason = str(error.__cause__ or error).strip().splitlines()
+        why = reason[-1] if reason else repr(error)
+        raise checks.InputError(f"{path}: cannot be read as an image: {why}") from error
+    checks.check_geometry(path, array.shape[1:], affine)
+    return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine).double())
 
 
 def read_start(start: str, moving: MetaTensor, fixed: MetaTensor) -> Tensor:
@@ -110,12 +115,12 @@ def read_start(start: str, moving: MetaTensor, fixed: MetaTensor) -> Tensor:
     Args:
         start: "centre" (the volumes' centres coincide, axes keep their world directions), "header" (world coordinates
             as they are), "rigid" (from the centres on, elastix registers the images rigidly, see
-            `scripts.pairwise.rigid_start`), or a linear ITK transform file (.tfm, .txt, .mat; fixed -> moving, LPS, as
-            ITK writes it).
+            `scripts.pairwise.rigid_start`), or a linear transform file of ITK or ANTs (.tfm, .txt, .h5, .mat; fixed
+            -> moving), see `scripts.formats.read_matrix`.
         moving, fixed: the images, shape (1, X, Y, Z).
 
     Raises:
-        InputError: no such file, or not one linear 3-D transform; no elastix.
+        InputError: no such file, or not linear 3-D transforms only; no elastix.
     """
     matrix = torch.eye(4, dtype=torch.float64)
     if start in ("centre", "rigid"):
@@ -123,29 +128,13 @@ def read_start(start: str, moving: MetaTensor, fixed: MetaTensor) -> Tensor:
             middle = (torch.tensor(volume.shape[1:], dtype=torch.float64) - 1) / 2
             matrix[:3, 3] += sign * (volume.affine[:3, :3].double() @ middle + volume.affine[:3, 3].double())
         return matrix if start == "centre" else rigid_start(moving, fixed, matrix)
-    return matrix if start == "header" else _read_itk_matrix(start)
-
-
-def _read_itk_matrix(path: str) -> Tensor:
-    import itk  # slow to import, and only this start needs it
-
-    if not Path(path).is_file():
+    if start == "header":
+        return matrix
+    if not Path(start).is_file():
         raise checks.InputError(
-            f'{path}: not found; a start is "centre", "header", "learned", "rigid" or a linear ITK transform file'
+            f'{start}: not found; a start is "centre", "header", "learned", "rigid" or a linear transform file'
         )
-    try:
-        transforms = itk.transformread(path)
-    except RuntimeError as error:
-        raise checks.InputError(f"{path}: ITK cannot read this transform") from error
-    linear = [t for t in transforms if t.GetInputSpaceDimension() == 3 and t.IsLinear()]
-    if len(transforms) != 1 or not linear:
-        raise checks.InputError(f"{path}: expected one linear 3-D transform")
-    points = np.array([list(linear[0].TransformPoint(p)) for p in ([0.0] * 3, *np.eye(3).tolist())])
-    matrix = torch.eye(4, dtype=torch.float64)
-    matrix[:3, :3] = torch.from_numpy((points[1:] - points[0]).T)
-    matrix[:3, 3] = torch.from_numpy(points[0])
-    flip = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64))  # LPS <-> RAS
-    return flip @ matrix @ flip
+    return formats.read_matrix(start)
 
 
 class PlanFixedGridd(MapTransform):

@@ -3,7 +3,7 @@
 import numpy as np
 import SimpleITK as sitk
 
-from scripts.transforms import LoadPaird
+from scripts.transforms import load_volume
 
 
 def write_series(folder, image):
@@ -40,7 +40,7 @@ def test_a_dicom_folder_gives_the_nifti_files_volume_and_affine(tmp_path):
     image.SetDirection(turn.GetMatrix())
     write_series(tmp_path / "series", image)
     sitk.WriteImage(image, str(tmp_path / "volume.nii.gz"))
-    dicom, nifti = (LoadPaird._load(str(tmp_path / name)) for name in ("series", "volume.nii.gz"))
+    dicom, nifti = (load_volume(str(tmp_path / name)) for name in ("series", "volume.nii.gz"))
 
     def at(volume, world):
         index = np.linalg.inv(volume.affine.numpy()) @ [*world, 1]

@@ -220,12 +220,12 @@ def test_a_start_that_is_no_single_linear_3d_transform_is_refused(tmp_path):
     with pytest.raises(InputError, match="text.tfm: ITK cannot read this transform"):
         OntoFixedGridd(start=str(tmp_path / "text.tfm"))(data)
     bad = {
-        "bspline": sitk.BSplineTransform(3, 3),
-        "two_d": sitk.Euler2DTransform(),
+        "bspline": (sitk.BSplineTransform(3, 3), "a BSplineTransform; expected linear"),
+        "two_d": (sitk.Euler2DTransform(), "expected a 3-D transform, found 2-D"),
     }
-    for name, transform in bad.items():
+    for name, (transform, message) in bad.items():
         sitk.WriteTransform(transform, str(tmp_path / f"{name}.tfm"))
-        with pytest.raises(InputError, match=f"{name}.tfm: expected one linear 3-D transform"):
+        with pytest.raises(InputError, match=f"{name}.tfm: {message}"):
             OntoFixedGridd(start=str(tmp_path / f"{name}.tfm"))(data)
 
 

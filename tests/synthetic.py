@@ -1,0 +1,95 @@
+"""Registrations made directly: a smooth field and a start alignment between worlds far apart, on any grid."""
+
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+import torch
+from scipy.spatial.transform import Rotation
+
+OBLIQUE = Rotation.from_euler("xyz", (14, -9, 21), degrees=True).as_matrix()
+GRIDS = {  # axes of the fixed grid, voxel size in mm
+    "oblique, anisotropic": (OBLIQUE, (1.1, 1.9, 2.6)),
+    "flipped, left-handed": (OBLIQUE @ np.diag([-1.0, 1.0, 1.0]), (1.5, 1.2, 2.1)),
+    "permuted": (np.array([[0.0, 0, 1], [1, 0, 0], [0, -1, 0]]), (2.2, 1.3, 1.7)),
+}
+SIZE = (29, 23, 19)
+START = np.eye(4)  # fixed world -> moving world: turned by 50 degrees, sheared, stretched, 90 mm away
+START[:3, :3] = Rotation.from_euler("zyx", (50, -8, 5), degrees=True).as_matrix() @ [
+    [1.15, 0.05, 0],
+    [0, 0.9, 0],
+    [0, 0, 1],
+]
+START[:3, 3] = (-70, 45, 33)
+
+
+class Registration(NamedTuple):
+    """A transform of fixed points, T(x) = START (x + bumps(x)), as its displacement T(x) − x.
+
+    Attributes:
+        displacement: shape (3, X, Y, Z), float64, RAS mm.
+        affine: voxel -> RAS mm of the fixed grid.
+    """
+
+    displacement: torch.Tensor
+    affine: np.ndarray
+
+    def points(self, count: int, seed: int = 0) -> np.ndarray:
+        """Points within the voxel centres of the fixed grid, (count, 3), RAS mm."""
+        voxels = np.random.default_rng(seed).uniform(0, np.array(self.displacement.shape[1:]) - 1, (count, 3))
+        return voxels @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+    @property
+    def voxel(self) -> float:
+        """The shortest side of a fixed voxel, mm."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0).min()
+
+
+def affine_of(rotation, spacing, size, centre) -> np.ndarray:
+    """voxel -> RAS mm of a grid whose middle is at `centre`."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.asarray(rotation) * spacing
+    affine[:3, 3] = np.asarray(centre) - affine[:3, :3] @ ((np.array(size) - 1) / 2)
+    return affine
+
+
+def registration(grid: str, amplitude: float = 2.0) -> Registration:
+    """Bumps of up to `amplitude` mm, invertible at 2 mm; the fixed centre is at (20, -30, 55) mm."""
+    affine = affine_of(*GRIDS[grid], SIZE, (20, -30, 55))
+    voxels = np.stack(np.meshgrid(*(np.arange(n) for n in SIZE), indexing="ij")).reshape(3, -1)
+    x = affine[:3, :3] @ voxels + affine[:3, 3:]
+    bumps = amplitude * np.sin(x[[1, 2, 0]] / np.array([[7.0], [9.0], [8.0]]) + [[0.3], [1.0], [2.0]])
+    moved = START[:3, :3] @ (x + bumps) + START[:3, 3:]
+    return Registration(torch.from_numpy((moved - x).reshape(3, *SIZE)), affine)
+
+
+def moving_affine() -> np.ndarray:
+    """voxel -> RAS mm of a moving volume of 34 × 36 × 30 voxels that holds what the fixed grid shows."""
+    centre = START[:3, :3] @ [20, -30, 55] + START[:3, 3]
+    axes = Rotation.from_euler("xyz", (-20, 12, 35), degrees=True).as_matrix()
+    return affine_of(axes, (1.7, 1.6, 2.0), (34, 36, 30), centre)
+
+
+def save(path, array: np.ndarray, affine: np.ndarray):
+    """A NIfTI file, sform = qform."""
+    image = nib.Nifti1Image(array, affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    nib.save(image, path)
+    return path
+
+
+def moving_image(path, seed: int = 1):
+    """A smooth moving image in a file, float32."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in (34, 36, 30)), indexing="ij"), -1)
+    bumps = [np.exp(-((grid - rng.uniform(9, 24, 3)) ** 2).sum(-1) / rng.uniform(30, 90)) for _ in range(6)]
+    return save(path, (100 * sum(bumps) + 20).astype(np.float32), moving_affine())
+
+
+def moving_labels(path):
+    """An index map of three touching structures, 1, 4 and 300, in a file, int16."""
+    grid = np.stack(np.meshgrid(*(np.arange(n) for n in (34, 36, 30)), indexing="ij"), -1)
+    ball = np.linalg.norm((grid - [17, 18, 15]) / [9, 8, 10], axis=-1) < 1
+    labels = np.where(ball, np.where(grid[..., 0] < 16, 1, np.where(grid[..., 1] < 19, 4, 300)), 0)
+    return save(path, labels.astype(np.int16), moving_affine())
