@@ -1,5 +1,6 @@
 """A tiny cohort and a tiny training, shared by the tests that need real files and real weights."""
 
+import locale
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from scripts.phantom import write_cohort
 
 ROOT = Path(__file__).resolve().parent.parent
+LOCALE = locale.setlocale(locale.LC_ALL)
 TINY = {"initial_channels": 4, "spacing": 4.0, "start": "centre"}
 QUICK = TINY | {"iterations": 2, "epoch_length": 2, "val_interval": 1, "batch_size": 2}
 
@@ -30,6 +32,13 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300
     )
+
+
+@pytest.fixture(autouse=True)
+def same_locale():
+    """Reading or writing DICOM can leave a process in the C locale, and the tests after it with it."""
+    yield
+    locale.setlocale(locale.LC_ALL, LOCALE)
 
 
 @pytest.fixture(scope="session")
