@@ -111,7 +111,7 @@ def test_ants(written):
     assert_agrees(found, points, moved[["x", "y", "z"]].to_numpy() * LPS)
 
 
-NIFTYREG_HEADER = {  # what reg_transform -disp of NiftyReg 1.5.70 leaves of a field on such a grid
+NIFTYREG_HEADER = {  # all that reg_transform -disp of NiftyReg 1.5.70 sets itself; the rest is its reference's
     "dim": [5, *SIZE, 1, 3, 1, 1],
     "datatype": 16,
     "bitpix": 32,
