@@ -22,7 +22,7 @@ from monai.networks.blocks import Warp  # noqa: E402
 from monai.networks.nets import LocalNet  # noqa: E402
 from monai.transforms import Compose, NormalizeIntensityd, RandAffined, Randomizable, Transform  # noqa: E402
 from monai.utils import set_determinism  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from benchmarks.measure import check_same, devices, peak_memory, record, table  # noqa: E402
 from scripts.cohort import CohortLoader  # noqa: E402
@@ -32,6 +32,7 @@ from scripts.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss  #
 from scripts.networks import SummedDDFNet  # noqa: E402
 from scripts.phantom import write_cohort  # noqa: E402
 from scripts.transforms import LoadPaird, OntoFixedGridd, PlanFixedGridd  # noqa: E402
+from scripts.wrapped import Padded  # noqa: E402
 
 warnings.filterwarnings("ignore", "Using a non-tuple sequence")  # inside MONAI
 SMALL, FULL = (48, 64, 48), (81, 118, 88)  # voxels of 0.8 mm
@@ -94,7 +95,7 @@ def stock_step(pairs: list[dict], device: torch.device, half: bool, channels: in
     dataset = CacheDataset(pairs, Compose(fixed_part + random_part), progress=False)
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**6)
     loader = DataLoader(dataset, batch_size=BATCH, sampler=sampler, num_workers=2, pin_memory=device.type == "cuda")
-    net = LocalNet(3, 2, channels, (0, 1, 2, 3, 4), out_kernel_initializer="zeros").to(device)
+    net = Padded(LocalNet(3, 2, channels, (0, 1, 2, 3, 4), out_kernel_initializer="zeros")).to(device)
     similarity, regulariser = MultiScaleLoss(DiceLoss(), scales=list(SCALES)), BendingEnergyLoss()
     pull = Warp(mode="bilinear", padding_mode="zeros")
     adam = torch.optim.Adam(net.parameters(), 1e-5)
@@ -103,12 +104,8 @@ def stock_step(pairs: list[dict], device: torch.device, half: bool, channels: in
         on = {k: torch.as_tensor(batch[k]).to(device, non_blocking=True) for k in ("moving_image", "fixed_image")}
         labels = [torch.as_tensor(batch[k]).to(device, non_blocking=True) for k in ("moving_label", "fixed_label")]
         image = torch.cat([on["moving_image"], on["fixed_image"]], dim=1)
-        missing = [-n % 16 for n in image.shape[2:]]
-        padding = [side for n in reversed(missing) for side in (n // 2, n - n // 2)]
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            ddf = net(nn.functional.pad(image, padding)).float()
-        size = zip(missing, image.shape[2:], strict=True)
-        ddf = ddf[(..., *(slice(m // 2, m // 2 + n) for m, n in size))]
+            ddf = net(image).float()
         value = similarity(labels[1], pull(labels[0], ddf)) + 0.5 * regulariser(ddf)
         adam.zero_grad()
         value.backward()

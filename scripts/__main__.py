@@ -96,7 +96,7 @@ def apply(
     Example:
         python -m scripts apply --transform out/ddf.nii.gz --moving mr_2.nii.gz --output warped.nii.gz
         python -m scripts apply --transform out/ddf.nii.gz --moving mr_zones.nii.gz --label True --output zones.nii.gz
-        python -m scripts apply --transform out/ddf.nii.gz --points targets.mrk.json --points_from moving \
+        python -m scripts apply --transform out/ddf.nii.gz --points targets.mrk.json --points_from moving \\
             --output targets_in_fixed.mrk.json
 
     The transform takes points of the fixed image to points of the moving image, and so pulls moving images onto the
@@ -151,13 +151,13 @@ def phantom(
         like_paper: 76 patients, 108 pairs and 834 labels in the paper's proportions, not split, for crossval; of the
             other arguments only the seed counts.
     """
-    from scripts.checks import InputError
-    from scripts.paper_cohort import write_paper_cohort
-    from scripts.phantom import write_cohort
-
     if like_paper:
+        from scripts.paper_cohort import write_paper_cohort
+
         print(", ".join(f"{count} {kind}" for kind, count in write_paper_cohort(output_dir, seed).items()))
         return
+    from scripts.checks import InputError
+    from scripts.phantom import write_cohort
 
     try:
         write_cohort(output_dir, patients, seed, mode=mode, pairs_per_patient=pairs_per_patient)

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import median_filter
 
 __all__ = ["centre_voxel", "deformed_grid", "draw_image", "draw_letters", "draw_outline", "draw_scale_bar", "drawing"]
-__all__ += ["loss_curve", "overview", "windowed"]
+__all__ += ["edges", "loss_curve", "overview", "windowed"]
 
 FOOTER = "Research use only. Not for clinical decisions."
 WIDTH, DPI = 15.0, 100  # inches, pixels per inch
@@ -256,10 +256,15 @@ def centre_voxel(shape: tuple[int, ...], *glands: NDArray | None) -> tuple[int, 
     return tuple(n // 2 for n in shape)
 
 
+def edges(shape: tuple[int, int], mm: NDArray) -> list[float]:
+    """Left, right, bottom and top of a plane in mm whose voxel centres are at index × `mm`."""
+    return [edge for n, step in zip(shape, mm, strict=True) for edge in (-0.5 * step, (n - 0.5) * step)]
+
+
 def draw_image(ax: Axes, plane: NDArray, mm: NDArray) -> None:
     """A plane in [0, 1], shape (A, B), at its place in mm: voxel centres at index × `mm`."""
-    edges = [edge for n, step in zip(plane.shape, mm, strict=True) for edge in (-0.5 * step, (n - 0.5) * step)]
-    ax.imshow(plane.T, "gray", vmin=0, vmax=1, origin="lower", extent=edges, interpolation="bicubic")
+    where = edges(plane.shape, mm)
+    ax.imshow(plane.T, "gray", vmin=0, vmax=1, origin="lower", extent=where, interpolation="bicubic")
 
 
 def _draw_field(ax: Axes, positions: NDArray, magnitude: NDArray, mm: NDArray, colours: ScalarMappable) -> None:

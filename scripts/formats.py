@@ -110,7 +110,7 @@ def _steps_of(itk: Any, path: Path, transform: Any) -> list[Step]:
         parts = [composite.GetNthTransform(n) for n in range(composite.GetNumberOfTransforms())]
         return [step for part in reversed(parts) for step in _steps_of(itk, path, part)]
     if transform.IsLinear():
-        return [_matrix(transform)]
+        return [matrix_of(transform)]
     if name != "DisplacementFieldTransform":
         raise InputError(f"{path}: a {name}; expected linear transforms, displacement fields and composites of them")
     grid = np.array([float(v) for v in itk.array_from_vnl_vector(transform.GetFixedParameters())])
@@ -122,7 +122,7 @@ def _steps_of(itk: Any, path: Path, transform: Any) -> list[Step]:
     return [_checked(path, field * FLIP.view(3, 1, 1, 1), affine)]
 
 
-def _matrix(transform: Any) -> Tensor:
+def matrix_of(transform: Any) -> Tensor:
     """A linear ITK transform as a 4×4 matrix, RAS mm."""
     points = np.array([list(transform.TransformPoint(p)) for p in ([0.0] * 3, *np.eye(3).tolist())])
     matrix = torch.eye(4, dtype=torch.float64)

@@ -134,13 +134,12 @@ def score_case(
 ) -> tuple[dict[str, float], list[dict[str, float]]]:
     """Scores of one case, and of each of its labels; arguments and label scores as in `evaluate_labels`.
 
-    The case's are `dsc` and `hd95_mm` (channel 0, the gland), `tre_mm` (the landmarks) and `tre_with_gland_mm`.
+    The case's are `dsc` (channel 0, the gland), `tre_mm` (the landmarks) and `tre_with_gland_mm`.
     """
     labels = evaluate_labels(warped, fixed, spacing)
     distances = [label["distance_mm"] for label in labels]
     tre, with_gland = target_registration_error(distances[1:]), target_registration_error(distances)
-    case = {"dsc": labels[0]["dsc"], "hd95_mm": hausdorff95(warped[0], fixed[0], spacing)}
-    return case | {"tre_mm": tre, "tre_with_gland_mm": with_gland}, labels
+    return {"dsc": labels[0]["dsc"], "tre_mm": tre, "tre_with_gland_mm": with_gland}, labels
 
 
 def _before(scores: dict[str, float]) -> dict[str, float]:
@@ -151,10 +150,10 @@ def _before(scores: dict[str, float]) -> dict[str, float]:
 class EvaluationTable:
     """Ignite handler that scores each registered case, before (start alignment only) and after, on the original grid.
 
-    Channel 0 is the gland, the others are landmarks. Medians over the cases go to `engine.state.metrics`:
-    those of `score_case`, each also with `_before`, and of `jacobian_statistics`; `seconds` (network, field and warp);
-    for phantoms `true_error_before_mm`, `true_error_mm` (see `true_error`); and the number `empty_warped`. Cases go to
-    `rows`.
+    Channel 0 is the gland, the others are landmarks. Medians over the cases go to `engine.state.metrics`: those of
+    `score_case` and `hd95_mm` (see `hausdorff95`), each also with `_before`, and of `jacobian_statistics`; `seconds`
+    (network, field and warp); for phantoms `true_error_before_mm`, `true_error_mm` (see `true_error`); and the number
+    `empty_warped`. Cases go to `rows`.
 
     Args:
         output_dir: where to write `cases.csv` and `landmarks.csv`; None writes nothing.
@@ -187,6 +186,8 @@ class EvaluationTable:
             case_before, labels_before = score_case(start["moving_label"], fixed.as_tensor(), spacing)
             case_after, labels_after = score_case(item["warped_moving_label"], fixed.as_tensor(), spacing)
             gland = fixed.as_tensor()[0]
+            case_before["hd95_mm"] = hausdorff95(start["moving_label"][0], gland, spacing)
+            case_after["hd95_mm"] = hausdorff95(item["warped_moving_label"][0], gland, spacing)
             if TRUTH in item:
                 truth = item[TRUTH].as_tensor()
                 case_before["true_error_mm"] = true_error(start["displacement"], truth, gland)

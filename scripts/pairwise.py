@@ -19,6 +19,7 @@ from monai.inferers import Inferer
 from torch import Tensor, nn
 
 from scripts.checks import InputError
+from scripts.formats import itk_grid, matrix_of
 
 RIGID = Path(__file__).resolve().parent.parent / "configs" / "elastix" / "rigid.txt"
 
@@ -37,11 +38,10 @@ def _itk() -> Any:
 def _image(itk: Any, volume: Tensor, affine: Tensor) -> Any:
     """An ITK image, LPS, of a volume (X, Y, Z) and its voxel -> world matrix, RAS mm."""
     image = itk.image_from_array(np.ascontiguousarray(volume.cpu().numpy().astype(np.float32).transpose(2, 1, 0)))
-    lps = np.diag([-1.0, -1.0, 1.0]) @ affine[:3].double().cpu().numpy()
-    spacing = np.linalg.norm(lps[:, :3], axis=0)
+    origin, spacing, direction = itk_grid(affine.double().cpu().numpy())
+    image.SetOrigin(origin.tolist())
     image.SetSpacing(spacing.tolist())
-    image.SetDirection(lps[:, :3] / spacing)
-    image.SetOrigin(lps[:, 3].tolist())
+    image.SetDirection(direction)
     return image
 
 
@@ -79,11 +79,7 @@ def rigid_start(moving: MetaTensor, fixed: MetaTensor, centred: Tensor) -> Tenso
     euler = itk.Euler3DTransform[itk.D].New(Center=centre.tolist())
     euler.SetComputeZYX("ComputeZYX" in found and found["ComputeZYX"][0] == "true")
     euler.SetParameters(itk.OptimizerParameters[itk.D](angles_and_shift.tolist()))
-    lps = np.eye(4)
-    lps[:3, :3] = itk.array_from_matrix(euler.GetMatrix())
-    lps[:3, 3] = np.array(euler.GetOffset())
-    flip = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64))
-    return centred @ flip @ torch.from_numpy(lps) @ flip
+    return centred @ matrix_of(euler)
 
 
 class ElastixInferer(Inferer):

@@ -9,8 +9,7 @@ import torch
 from tqdm import tqdm
 
 from scripts.anatomy import POLES, Anatomy
-from scripts.checks import InputError
-from scripts.phantom import PhantomPair, simulate_pair, write_pair
+from scripts.phantom import PhantomPair, new_folder, simulate_pair, write_pair
 
 PAIRS_OF = {1: 50, 2: 20, 3: 6}  # patients by their number of pairs: 76 patients, 108 pairs
 LABELS = {"gland": 108, "poles": 213, "zones": 214, "urethra": 37, "specific": 262}  # 834
@@ -50,9 +49,7 @@ def write_paper_cohort(output_dir: str | Path, seed: int = 0) -> dict[str, int]:
     Raises:
         InputError: the folder is not empty.
     """
-    output_dir = Path(output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise InputError(f"{output_dir} is not empty: choose a new folder")
+    output_dir = new_folder(output_dir)
     random = np.random.default_rng(seed)
     counts = random.permutation(np.repeat(list(PAIRS_OF), list(PAIRS_OF.values())))
     pairs: dict[str, PhantomPair] = {}

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scripts.anatomy import Anatomy, TrueMap
+from scripts.checks import InputError
 
 MODES = ("realistic", "randomised")
 # Grey levels 0-255 of each tissue. Their order of brightness differs between MR and TRUS, as it does in patients.
@@ -229,9 +230,7 @@ def write_cohort(
     Raises:
         ValueError: the folder is not empty, the shares do not sum to 1, or the patients do not suffice for them.
     """
-    output_dir = Path(output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"{output_dir} is not empty: choose a new folder")
+    output_dir = new_folder(output_dir)
     if len(split) != 3 or min(split) < 0 or not np.isclose(sum(split), 1):
         raise ValueError(f"split {split} must be three shares that sum to 1")
     val, test = (max(1, round(share * patients)) if share else 0 for share in split[1:])
@@ -251,6 +250,18 @@ def write_cohort(
             pair = simulate_pair(np.random.default_rng([seed, patient, k]), anatomy=anatomy, **pair_options)
             write_pair(output_dir / part, f"patient{patient:06d}_{k}", pair)
     return output_dir
+
+
+def new_folder(path: str | Path) -> Path:
+    """The path of a folder that is empty or does not exist.
+
+    Raises:
+        InputError: it holds something.
+    """
+    path = Path(path)
+    if path.exists() and any(path.iterdir()):
+        raise InputError(f"{path} is not empty: choose a new folder")
+    return path
 
 
 def write_pair(folder: Path, name: str, pair: PhantomPair) -> None:

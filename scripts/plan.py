@@ -49,13 +49,15 @@ def overlays_of(variant: str) -> list[Path]:
     """
     found = []
     for part in variant.split("+"):
-        places = [CONFIGS / f"variant_{part}.yaml", CONFIGS / f"{part}.yaml"]
-        places = [Path(part).resolve()] if part.endswith((".yaml", ".json")) else places
+        if part == "baseline":
+            continue
+        named = [CONFIGS / f"variant_{part}.yaml", CONFIGS / f"{part}.yaml"]
+        places = [Path(part).resolve()] if part.endswith((".yaml", ".json")) else named
         path = next((p for p in places if p.is_file()), None)
-        if path is None and part != "baseline":
+        if path is None:
             known = ", ".join(sorted(p.stem.removeprefix("variant_") for p in CONFIGS.glob("variant_*.yaml")))
             raise InputError(f"{part}: no such variant; known are baseline, {known}, and any overlay file")
-        found += [path] if path and part != "baseline" else []
+        found.append(path)
     return found
 
 
@@ -130,16 +132,15 @@ def runs_of(variants: Mapping[str, list[Path]], plan: dict[str, Any], dataset: s
         for fold, patients in enumerate(plan["folds"]):
             folder = output / "runs" / variant / f"fold{fold}"
             place = {"dataset_dir": dataset, "fold": fold, "fold_count": len(plan["folds"])}
-            place |= {"fold_seed": plan["fold_seed"]}
+            place["fold_seed"] = plan["fold_seed"]
             given = {k: in_fold(v, fold) for k, v in plan["settings"].items()}
             training = place | {"output_dir": str(folder), "ckpt_dir": str(folder), "weights_name": WEIGHTS} | given
             scoring = place | {"output_dir": str(folder / "evaluation"), "ckpt_path": str(folder / WEIGHTS)}
             scoring |= {k: v for k, v in given.items() if k.split("#")[0] in shared}
-            train = bundle_run([CONFIGS / "train.json", *overlays], training)
+            learns = declared.get("iterations") != 0
+            train = bundle_run([CONFIGS / "train.json", *overlays], training) if learns else []
             evaluate = bundle_run([CONFIGS / "evaluate.json", *scored_with], scoring)
-            untrained = declared.get("iterations") == 0
-            cases = sorted(sum(patients.values(), []))
-            runs.append(Run(variant, fold, str(folder), [] if untrained else train, evaluate, cases))
+            runs.append(Run(variant, fold, str(folder), train, evaluate, sorted(sum(patients.values(), []))))
     return runs
 
 

@@ -36,9 +36,9 @@ def contents(root: Path) -> dict[str, bytes]:
             continue
         if not path.is_file():
             raise InputError(f"{path}: missing, a release needs it")
+        if (size := path.stat().st_size) > LARGEST:
+            raise InputError(f"{path}: {size} bytes, a file of a release has at most {LARGEST}")
         kept[name.as_posix()] = path.read_bytes()  # of a link, what it points to
-        if len(kept[name.as_posix()]) > LARGEST:
-            raise InputError(f"{path}: {len(kept[name.as_posix()])} bytes, a file of a release has at most {LARGEST}")
     return kept
 
 

@@ -165,15 +165,13 @@ def facts(output: Path, plan: Mapping[str, Any], methods: Mapping[str, Method]) 
     folds, method = plan["folds"], next(iter(methods.values()))
     patients = sum(map(len, folds))
     landmarks = sum(int(r["label"]) > 0 and not math.isnan(float(r["dsc"] or "nan")) for r in method.labels)
-    settings = plan.get("base", {}) | plan["settings"]
+    settings = ", ".join(f"{k} = {v}" for k, v in (plan.get("base", {}) | plan["settings"]).items())
     known = {
         "Data": f"{data}: {len(method.cases)} cases of {patients} patients, {landmarks} landmarks",
         "Folds": f"{len(folds)}, of {' + '.join(str(len(f)) for f in folds)} patients, seed {plan['fold_seed']}",
         "Trained": ", ".join(name for name, m in methods.items() if m.trained) or "none",
         "Not trained": ", ".join(name for name, m in methods.items() if not m.trained) or "none",
-        "Settings": ", ".join(f"{k} = {v}" for k, v in settings.items()) + "; a variant's own overlays come on top"
-        if settings
-        else "those of configs/train.json",
+        "Settings": f"{settings}; a variant's own overlays come on top" if settings else "those of configs/train.json",
         "Code": code,
     }
     split = {name: typed(name, overlays.get(name, [])) for name in methods if not name.startswith(BEFORE)}

@@ -30,6 +30,7 @@ from scripts.__main__ import absolute, run_config
 from scripts.checks import InputError
 from scripts.data import KEYS, datalist
 from scripts.files import written_whole
+from scripts.formats import read_transform
 from scripts.metrics import centroid
 from scripts.outputs import sha256
 from scripts.plan import CONFIGS, LOG, WEIGHTS
@@ -177,13 +178,13 @@ def read_example(folder: Path, case: Mapping[str, Any], label_values: Sequence[i
     spacing = ras(torch.zeros(1, *pair["fixed_image"].shape[1:])).affine[:3, :3].norm(dim=0)
     images, labels, moves = [pair["fixed_image"].as_tensor()], [pair["fixed_label"].as_tensor()], []
     for where in (folder / "before", folder):
-        image, label, ddf = (
+        image, label = (
             torch.from_numpy(nib.load(where / f"{name}.nii.gz").get_fdata())
-            for name in ("warped_moving_image", "warped_moving_label", "ddf")
+            for name in ("warped_moving_image", "warped_moving_label")
         )
         images.append(image[None])
         labels.append(label.movedim(-1, 0) if label.ndim == 4 else label[None])
-        moves.append(ddf[..., 0, :].movedim(-1, 0) * torch.tensor([-1.0, -1.0, 1.0]).view(3, 1, 1, 1))
+        moves += [step.field for step in read_transform(where / "ddf.nii.gz")]
     labels = [ras(label.float()).as_tensor() for label in labels]
     present = labels[0][1:].flatten(1).any(1)
     maps = (ras(volume)[0].numpy() for volume in maps_of(moves[1], moves[0], affine))

@@ -31,6 +31,7 @@ from scripts.figures import (
     draw_outline,
     draw_scale_bar,
     drawing,
+    edges,
     windowed,
 )
 from scripts.report_cases import Example
@@ -114,9 +115,8 @@ def maps(examples: Mapping[str, Example]) -> Figure:
     colours = [ScalarMappable(scale, name) for scale, name in zip(scales, ("RdBu", "viridis", "magma"), strict=True)]
 
     def draw(row: Sequence[Axes], example: Example, index: int) -> None:
-        mm, shape = example.spacing[:2], example.images[0].shape
-        edges = [edge for n, step in zip(shape[:2], mm, strict=True) for edge in (-0.5 * step, (n - 0.5) * step)]
-        place = {"origin": "lower", "extent": edges, "interpolation": "nearest"}
+        mm = example.spacing[:2]
+        place = {"origin": "lower", "extent": edges(example.images[0].shape[:2], mm), "interpolation": "nearest"}
         volumes = (example.jacobian, example.magnitude, example.gradient)
         for ax, volume, colour in zip(row, volumes, colours, strict=True):
             ax.imshow(volume[..., index].T, colour.cmap, colour.norm, **place)

@@ -15,6 +15,7 @@ from scripts.checks import InputError
 from scripts.metrics import target_registration_error, warped_away
 from scripts.plan import DONE, WEIGHTS
 from scripts.statistics import LEVEL, compare, describe, quartiles
+from scripts.tables import by_patient, landmark_distances
 
 Rows = list[dict[str, str]]
 PATIENT, COMPARED = "patient_tre_mm", ("tre_mm", "dsc")
@@ -123,12 +124,7 @@ def best_of(methods: Mapping[str, Method], trained: bool = True) -> str | None:
 
 def patient_tre(labels: Rows) -> list[float]:
     """TRE of each patient in mm: over the landmarks of all of the patient's cases, the gland left out."""
-    by_patient: dict[str, list[float]] = {}
-    for row in labels:
-        distances = by_patient.setdefault(row["patient"], [])
-        if int(row["label"]) > 0:
-            distances.append(float(row["distance_mm"] or "nan"))
-    return [target_registration_error(distances) for distances in by_patient.values()]
+    return [target_registration_error(landmark_distances(own)) for own in by_patient(labels).values()]
 
 
 def summary(name: str, method: Method, first: Method) -> dict[str, Any]:

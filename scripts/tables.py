@@ -52,14 +52,24 @@ def collect(runs: Sequence[Run], output: Path) -> str:
     return "\n".join(lines)
 
 
+def by_patient(labels: Sequence[Mapping[str, str]]) -> dict[str, list[Mapping[str, str]]]:
+    """Rows of landmarks.csv of each patient."""
+    found: dict[str, list[Mapping[str, str]]] = {}
+    for row in labels:
+        found.setdefault(row["patient"], []).append(row)
+    return found
+
+
+def landmark_distances(labels: Sequence[Mapping[str, str]]) -> list[float]:
+    """Distances in mm of rows of landmarks.csv, NaN where there is none; the gland, label 0, is left out."""
+    return [float(row["distance_mm"] or "nan") for row in labels if int(row["label"]) > 0]
+
+
 def patients(variant: str, landmarks: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
     """A row for each patient: TRE over the landmarks of all of the patient's cases, the gland left out (§3.3)."""
-    by_patient: dict[str, list[Mapping[str, str]]] = {}
-    for row in landmarks:
-        by_patient.setdefault(row["patient"], []).append(row)
     rows = []
-    for patient, own in by_patient.items():
-        found = [float(row["distance_mm"] or "nan") for row in own if row["label"] != "0"]
+    for patient, own in by_patient(landmarks).items():
+        found = landmark_distances(own)
         known = {"variant": variant, "patient": patient, "cases": len({row["case"] for row in own})}
         known |= {"landmarks": sum(not math.isnan(d) for d in found), "tre_mm": target_registration_error(found)}
         rows.append(known | {"empty_warped": sum(row["empty_warped"] == "True" for row in own)})

@@ -77,11 +77,11 @@ class LoadPaird(Transform):
     @staticmethod
     def _load_displacement(path: str, fixed: MetaTensor) -> MetaTensor:
         """A displacement as `scripts.outputs.save_displacement` writes it, LPS, in RAS."""
-        nifti = nib.load(path)
-        if nifti.shape != (*fixed.shape[1:], 1, 3):
-            raise checks.InputError(f"{path}: {nifti.shape} is no displacement on the fixed grid {(*fixed.shape[1:],)}")
-        lps = torch.from_numpy(np.asarray(nifti.dataobj, dtype=np.float32)).squeeze(3).movedim(-1, 0)
-        return MetaTensor(lps * torch.tensor([-1.0, -1.0, 1.0]).view(3, 1, 1, 1), affine=fixed.affine)
+        (step,) = formats.read_transform(path)
+        found, wanted = tuple(step.field.shape[1:]), tuple(fixed.shape[1:])
+        if found != wanted:
+            raise checks.InputError(f"{path}: {found} is no displacement on the fixed grid {wanted}")
+        return MetaTensor(step.field.float(), affine=fixed.affine)
 
 
 def load_volume(path: str) -> MetaTensor:
