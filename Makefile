@@ -22,7 +22,7 @@ PAIRWISE := $(foreach m,none nmi ncc ssd,$(m) $(m)+rigid $(m)+centroids)
 NETWORKS := baseline delta0 delta14 l2 msce prefilt no_additive global_net composite_net
 comma := ,
 joined = $(subst $(eval) ,$(comma),$(strip $(1)))
-CROSSVAL = $(BIN)/python -m scripts crossval --cores_per_fold 1 --learning_rate 1e-3
+CROSSVAL = $(BIN)/python -m scripts crossval --cores_per_fold 1
 
 experiments: .venv/installed-test  ## every experiment of docs/experiments.md, two to three hours each; PAIRS is label-reg's sample
 	$(CROSSVAL) --dataset_dir $(PAIRS) --folds 4 --left_right 1 --base real_pairs_cpu+experiments_real \
