@@ -51,8 +51,8 @@ def register(
         output_dir: where to write; made if it does not exist.
         start: as the weights were trained: "learned" (the glands found in the two images coincide), which is the
             default; "centre" (the volumes' centres coincide); "header" (world coordinates as they are); "rigid" (by
-            elastix, from the centres on); or a linear transform file of ITK or ANTs (.tfm, .txt, .h5, .mat) that maps
-            fixed to moving points.
+            elastix, from the centres on); or a transform file that maps fixed to moving points, linear or a field, see
+            docs/transforms.md, for example an earlier ddf.nii.gz.
         moving_labels: label file of the moving image, warped as well.
         fixed_labels: label file of the fixed image; with moving_labels, DSC and TRE are reported.
         overlay: a config with the settings other weights were trained with, for example configs/baseline.yaml.

@@ -72,11 +72,10 @@ def save_displacement(path: Path, displacement: np.ndarray, affine: np.ndarray) 
 
 
 def deformation(item: Mapping[str, Any]) -> Tensor:
-    """The displacement without the start alignment, (1, 3, X, Y, Z), mm in the fixed world: S⁻¹(T(x)) − x."""
-    affine, size = item["original_fixed_image"].affine.double(), item["displacement"].shape[1:]
-    x = fields.transform_points(affine, fields.identity_grid(size, torch.float64, "cpu")[None])
-    start = torch.linalg.inv(item["start"].double().cpu())
-    return fields.transform_points(start, x + item["displacement"][None]) - x
+    """The displacement without the start alignment, (1, 3, X, Y, Z), mm in the fixed world."""
+    affine, size = item["original_fixed_image"].affine, item["displacement"].shape[1:]
+    ddf, grid_affine = torch.as_tensor(item["pred"])[None].cpu(), item["grid_affine"].cpu()
+    return fields.world_displacement(ddf, grid_affine, torch.eye(4), affine, size)
 
 
 def quality(item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor) -> dict[str, Any]:

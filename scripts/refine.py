@@ -51,7 +51,7 @@ class RefinedInferer(PrecisionInferer):
         scales: of the Dice, voxels.
 
     Raises:
-        InputError: the input has no glands, because the start is not the learned one.
+        InputError: the input has no glands, because no learned start looked for them.
     """
 
     def __init__(

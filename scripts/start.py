@@ -186,7 +186,7 @@ class FindGlandsd(Transform):
         network: (B, 1, SIDE, SIDE, SIDE) -> logits of the gland, same shape.
         path: its weights; or several files, whose networks' probabilities are averaged.
         device: where it runs.
-        wanted: False leaves a pair as it is, for another start.
+        wanted: False leaves a pair as it is.
 
     Raises:
         InputError: the weights do not fit (see `scripts.checks.check_weights`); no gland is found in an image.
@@ -215,7 +215,7 @@ class FindGlandsd(Transform):
             gland = self.find(d[f"{side}_image"])
             if gland is None:
                 where = d.get(f"{side}_file", f"the {side} image")
-                raise InputError(f"{where}: no prostate found; use --start centre, or --start FILE")
+                raise InputError(f"{where}: no prostate found; is it the right image, with the whole gland in view?")
             d[f"{side}_gland"] = gland
         return d
 

@@ -340,6 +340,6 @@ def test_a_fine_volume_is_averaged_onto_a_grid_measured_by_the_gland(weights):
     assert (averaged[:2] - plain[:2]).std() < 0.2  # of noise of 0.5
 
 
-def test_a_grid_measured_by_the_gland_needs_the_learned_start():
+def test_a_grid_measured_by_the_gland_needs_a_gland():
     with pytest.raises(InputError, match="learned"):
-        PlanFixedGridd("gland", "centre")
+        PlanFixedGridd("gland", "centre")(pair_of(1.6))

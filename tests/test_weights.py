@@ -5,6 +5,8 @@ import json
 import re
 from statistics import median
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags, run
@@ -41,6 +43,20 @@ def test_the_defaults_register_new_phantoms_better_than_their_centres(tmp_path):
     assert medians["shipped"]["dsc"] > medians["centre"]["dsc"]
     assert medians["shipped"]["true_error_mm"] < medians["centre"]["true_error_mm"]
     assert medians["shipped"]["folded_percent"] == 0
+
+
+def test_a_registration_that_starts_from_its_own_result_stays_there(tmp_path):
+    cohort = write_cohort(tmp_path / "cohort", patients=1, seed=2027, split=(0, 0, 1))
+    moving, fixed = (next((cohort / "test" / f"{side}_images").iterdir()) for side in ("moving", "fixed"))
+    start, found = {}, []
+    for name in ("first", "again"):
+        settings = {"moving": moving, "fixed": fixed, "output_dir": tmp_path / name} | start
+        result = run("scripts", "register", *flags(settings))
+        assert result.returncode == 0, result.stderr[-3000:]
+        start = {"start": tmp_path / name / "ddf.nii.gz"}
+        found.append(nib.load(start["start"]).get_fdata())
+    assert np.median(np.linalg.norm(found[0], axis=-1)) > 5
+    assert np.median(np.linalg.norm(found[1] - found[0], axis=-1)) < 1.5  # mm: less than two voxels of a further fit
 
 
 def test_the_record_names_the_ddf_network_only_when_it_took_part(tmp_path):
