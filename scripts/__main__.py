@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register, apply a transform, simulate, reconstruct a sweep, demo, cross-validate, report.
+"""`python -m scripts VERB`: register, apply or invert, simulate, reconstruct a sweep, demo, cross-validate, report.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -127,6 +127,27 @@ def apply(
     paths = [None if path is None else str(path) for path in (output, moving, reference)]
     points = None if points is None else str(points)
     apply(names(transform), *paths, label, interpolation, points, points_from, coordinates)
+
+
+def invert(transform: str | list[str], reference: str, output: str) -> None:
+    """Write the inverse of a registration as a displacement field of its own. Research use only.
+
+    Example:
+        python -m scripts invert --transform out/ddf.nii.gz --reference mr.nii.gz --output out/inverse.nii.gz
+        python -m scripts apply --transform out/inverse.nii.gz --moving trus.nii.gz --output trus_on_mr.nii.gz
+
+    The inverse takes points of the moving image to points of the fixed image, and so pulls fixed images onto the moving
+    grid. Beside it is written where it is known (inverse_known.nii.gz): 0 for voxels that the fixed image does not
+    show, that lie in a fold or whose residual is above 0.1 mm; these have the displacement of the nearest that is.
+
+    Args:
+        transform: one or several, as of apply.
+        reference: the moving image, or another whose grid to write the inverse on.
+        output: the displacement (.nii.gz), LPS mm, as ITK, SimpleITK, 3D Slicer and ANTs read it.
+    """
+    from scripts.invert import invert
+
+    invert(names(transform), str(reference), str(output))
 
 
 def phantom(
@@ -342,7 +363,7 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):  # Fire calls a bare --help of a verb with required arguments an error
         arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
     try:
-        verbs = (register, apply, phantom, sweep, demo, crossval, report, release)
+        verbs = (register, apply, invert, phantom, sweep, demo, crossval, report, release)
         fire.Fire({verb.__name__: verb for verb in verbs}, arguments, name="python -m scripts")
     except Exception as error:
         refused = refusal(error)
