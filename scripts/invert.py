@@ -46,9 +46,7 @@ def inverse_field(steps: Sequence[Step], affine: Tensor, size: Sequence[int]) ->
         known += [state == "ok" for state in status]
     field, mask = torch.cat(found, dim=2).reshape(3, *size), torch.tensor(known).reshape(*size)
     if not mask.any():
-        raise InputError(
-            "no inverse anywhere on the reference; is that an image of the moving world?"
-        )
+        raise InputError("no inverse anywhere on the reference; is that an image of the moving world?")
     nearest = distance_transform_edt(~mask.numpy(), return_distances=False, return_indices=True)
     return field[(slice(None), *nearest)], mask, torch.cat(residual).reshape(*size)
 
