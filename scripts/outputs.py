@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,22 @@ from torch import Tensor
 
 from scripts import figures, formats, qa
 from scripts.checks import InputError
+from scripts.files import alone_in
 from scripts.transforms import to_original_grid
 
 VERSION = json.loads((Path(__file__).parents[1] / "configs" / "metadata.json").read_text("utf-8"))["version"]
+LABEL = "warped_moving_label.nii.gz"
 NOTICE = "Research use only. Not for clinical decisions."
 
 
 @contextmanager
-def written_together(folder: Path) -> Iterator[Path]:
+def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
     """A folder to write files in that move to `folder`, in the order they were written, when the block ends well.
+
+    Of several processes that write into one folder, the last one's files are there, and none of the others'.
+
+    Args:
+        stale: names that go if they are not written anew, being of an earlier result.
 
     Raises:
         InputError: `folder` cannot be made or written.
@@ -43,8 +50,12 @@ def written_together(folder: Path) -> Iterator[Path]:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
         yield partial
-        for path in sorted(partial.iterdir(), key=lambda path: path.stat().st_mtime_ns):
-            path.replace(folder / path.name)
+        written = sorted(partial.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        with alone_in(folder):
+            for path in written:
+                path.replace(folder / path.name)
+            for name in set(stale) - {path.name for path in written}:
+                (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -132,7 +143,7 @@ def save_registration(
     Raises:
         InputError: the folder cannot be written.
     """
-    with written_together(folder) as partial:
+    with written_together(folder, stale={LABEL, *formats.FILES.values()}) as partial:
         affine = item["original_fixed_image"].affine.numpy()
         save_volume(
             partial / "warped_moving_image.nii.gz", item["warped_moving_image"][0].numpy(), affine, dtype=np.float32
@@ -142,7 +153,7 @@ def save_registration(
         if "warped_moving_label" in item:
             binary = (item["warped_moving_label"] >= 0.5).movedim(0, -1).numpy()
             binary = binary[..., 0] if binary.shape[-1] == 1 else binary
-            save_volume(partial / "warped_moving_label.nii.gz", binary, affine, dtype=np.uint8)
+            save_volume(partial / LABEL, binary, affine, dtype=np.uint8)
         before = to_original_grid(item, torch.zeros_like(item["pred"]))
         moved = qa.deformation(item)
         record = qa.quality(item, before, moved, inconsistency)
