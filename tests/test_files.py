@@ -1,4 +1,4 @@
-"""Several processes that write into one folder leave one result, never a mixture, and nothing of an earlier one stays."""
+"""Several processes that write into one folder leave one result, never a mixture, and nothing of an older one stays."""
 
 import subprocess
 import sys
