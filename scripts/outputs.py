@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -23,7 +22,7 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 
 from scripts import fields, figures, formats, metrics
-from scripts.checks import InputError
+from scripts.checks import InputError, check_case_name, sha256
 from scripts.transforms import to_original_grid
 
 NOTICE = "Research use only. Not for clinical decisions."
@@ -195,11 +194,6 @@ def save_registration(
     return record["flags"]
 
 
-def sha256(path: str) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 class SaveRegistrations:
     """Ignite handler that writes each registered case, see `save_registration`.
 
@@ -241,6 +235,6 @@ class SaveRegistrations:
     def _save(self, engine: Engine) -> None:
         for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
             item = {**batch, **output}
-            folder = self.output_dir / item["case"] if self.case_folders else self.output_dir
+            folder = self.output_dir / check_case_name(item["case"]) if self.case_folders else self.output_dir
             found = save_registration(folder, item, self.provenance | {"precision": engine.inferer.used}, self.tools)
             print("; ".join([f"{item['case']}: {folder}", *(f"CHECK: {flag}" for flag in found)]))
