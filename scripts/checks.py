@@ -159,7 +159,7 @@ def check_hash(path: str | Path) -> None:
     expected = known_hashes(Path(path).parent).get(Path(path).name)
     if expected and expected != (found := sha256(path)):
         raise InputError(
-            f"{path}: SHA-256 is {found}, but {SUMS} beside it says {expected}; damaged or replaced, so it was not opened"
+            f"{path}: SHA-256 is {found}, but {SUMS} beside it says {expected}; not opened: damaged or replaced"
         )
 
 
@@ -169,7 +169,7 @@ def check_case_name(case: str) -> str:
     Raises:
         InputError: a path, "..", or a hidden name.
     """
-    if Path(case).name != case or "\\" in case or case.startswith("."):
+    if not case or Path(case).name != case or "\\" in case or case.startswith("."):
         raise InputError(f"case {case!r}: results go to a folder of that name, so it must be a name, not a path")
     return case
 

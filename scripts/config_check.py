@@ -31,12 +31,23 @@ MOST = 100_000  # entries of a config; a YAML file of some lines can hold billio
 # What an expression may name: these alone, whole. Modules hold other modules, `torch.os` for one.
 NAMES = {
     *("torch.device", "torch.cuda.is_available", "torch.cuda.device_count", "torch.float32", "torch.float16"),
+    *("numpy.float32", "np.float32", "glob.glob"),
     *("monai.utils.set_determinism", "monai.handlers.from_engine", "monai.engines.utils.default_prepare_batch"),
     *("abs", "all", "any", "bool", "dict", "enumerate", "float", "int", "len", "list", "max", "min", "range", "round"),
     *("set", "sorted", "str", "sum", "tuple", "zip"),
 }
 ATTRIBUTES = {"attach", "cuda", "eval", "items", "keys", "parameters", "run", "shape", "split", "state_dict", "to"}
-IMPORTS = {"ignite", "math", "monai", "numpy", "pathlib", "sys", "torch", "traceback"}  # to import; what is used counts
+IMPORTS = {
+    "glob",
+    "ignite",
+    "math",
+    "monai",
+    "numpy",
+    "pathlib",
+    "sys",
+    "torch",
+    "traceback",
+}  # to import; what is used counts
 NODES = (
     *(ast.Module, ast.Expr, ast.Constant, ast.Name, ast.Attribute, ast.Call, ast.keyword, ast.Subscript, ast.Slice),
     *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.List, ast.Tuple, ast.Dict, ast.Set, ast.Starred),
@@ -66,7 +77,8 @@ SCRIPTS = {  # modules of this bundle made for configs; the others run configs, 
     *("transforms", "wrapped"),
 }
 LOCATED = ("reader", "writer", "merger_cls")  # arguments whose text MONAI looks up and calls as it does `_target_`
-SAFE = {"weights_only": [True], "allow_pickle": [False], "_debug_": [False], "_mode_": ["default", "callable"]}
+PATCHED = "changes what another config calls, with arguments that are not seen here"
+SAFE = {"weights_only": [True], "allow_pickle": [False], "_debug_": [False]}
 
 DANGEROUS = {
     *("eval", "exec", "compile", "open", "input", "getattr", "setattr", "globals", "locals", "vars", "breakpoint"),
@@ -146,35 +158,39 @@ def _is_ours(path: Path, root: Path) -> bool:
     return ours.is_file() and filecmp.cmp(path, ours, shallow=False)
 
 
-def _judge_config(path: Path, root: Path) -> Iterator[Entry]:
+def _judge_config(file: Path, root: Path) -> Iterator[Entry]:
     from monai.bundle import ConfigParser
 
     try:
-        content = ConfigParser.load_config_file(str(path))  # plain JSON, or YAML by a safe loader: as MONAI reads it
+        content = ConfigParser.load_config_file(str(file))  # plain JSON, or YAML by a safe loader: as MONAI reads it
     except Exception as error:  # whatever a hostile file raises
         yield Entry("", "", "", f"cannot be read: {type(error).__name__}")
         return
-    todo: list[tuple[str, Any, Any]] = [("", content, None)]
+    todo: list[tuple[str, Any, Any, Any]] = [("", content, None, None)]  # id, value, key, the dictionary it is in
     count = 0
     while todo:
-        where, value, key = todo.pop()
+        where, value, key, owner = todo.pop()
         count += 1
         if count > MOST:
             yield Entry("", where, "", f"more than {MOST} entries; not judged further")
             return
-        if isinstance(value, dict | list):
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            below = [(f"{where}::{k}".removeprefix("::"), v, k if isinstance(value, dict) else key) for k, v in items]
-            todo += reversed(below)
+        path = f"{where}::" if where else ""
+        if isinstance(value, dict):
+            todo += reversed([(f"{path}{k}", v, k, value) for k, v in value.items()])
+        elif isinstance(value, list):
+            todo += reversed([(f"{path}{i}", v, key, owner) for i, v in enumerate(value)])
         elif isinstance(value, str) and value.startswith("$"):
             yield Entry("", where, value, judge_expression(value))
         elif isinstance(value, str) and value.startswith("%") and ConfigParser.split_path_id(value[1:])[0]:
             yield Entry("", where, value, "takes another file's content; judge that too")
         last = str(key).replace("::", "#").split("#")[-1].removeprefix("+")  # the key of an overlay may be a path
         if last == "_target_" or (last in LOCATED and isinstance(value, str)):
-            yield Entry("", where, str(value), judge_target(value, root))
+            patch = "" if where[:1] != "+" and key == last or str(value).startswith("scripts.") else PATCHED
+            yield Entry("", where, str(value), judge_target(value, root) or patch)
         elif last in SAFE and value not in SAFE[last]:
             yield Entry("", where, str(value), "lets pickles run code, or opens a debugger")
+        elif last == "_mode_" and value != "default" and not str(owner.get("_target_")).startswith("scripts."):
+            yield Entry("", where, str(value), "is called later, with what is not seen here")
         elif last == "bundle_root" and where == last and _digest(value) not in REVIEWED:
             yield Entry("", where, str(value), "moves the folder that code is imported from")
 
