@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 
 from scripts import figures, formats, qa
-from scripts.checks import InputError
+from scripts.checks import InputError, check_case_name, sha256
 from scripts.files import alone_in
 from scripts.transforms import to_original_grid
 
@@ -165,11 +164,6 @@ def save_registration(
     return record["flags"]
 
 
-def sha256(path: str) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 class SaveRegistrations:
     """Ignite handler that writes each registered case, see `save_registration`.
 
@@ -217,6 +211,6 @@ class SaveRegistrations:
         items = zip(engine.state.batch, engine.state.output, engine.inferer.inconsistency, strict=True)
         for batch, output, inconsistency in items:
             item = {**batch, **output}
-            folder = self.output_dir / item["case"] if self.case_folders else self.output_dir
+            folder = self.output_dir / check_case_name(item["case"]) if self.case_folders else self.output_dir
             found = save_registration(folder, item, known, self.tools, self.limits, inconsistency)
             print("; ".join([f"{item['case']}: {folder}", *(f"CHECK: {flag}" for flag in found)]))
