@@ -21,8 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from scripts.checks import InputError
-from scripts.files import written_whole
-from scripts.metrics import write_csv
+from scripts.files import write_csv, written_whole
 from scripts.outputs import NOTICE
 from scripts.plan import CONFIGS, DONE
 from scripts.report_cases import Example, evaluation_of, example_cases

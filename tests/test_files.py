@@ -1,10 +1,12 @@
 """Several processes that write into one folder leave one result, never a mixture, and nothing of an older one stays."""
 
+import math
 import subprocess
 import sys
 
 from conftest import ROOT
 
+from scripts.files import write_csv
 from scripts.outputs import written_together
 
 WRITER = """
@@ -30,6 +32,12 @@ def test_two_processes_that_write_into_one_folder_leave_one_result(tmp_path):
     errors = [writer.communicate(timeout=120)[1] for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0], errors
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == list("abcdef")
+
+
+def test_a_csv_table_keeps_its_rows(tmp_path):
+    write_csv(tmp_path / "new" / "cases.csv", [{"case": "a", "dsc": 0.5}, {"case": "b", "dsc": math.nan}])
+    assert (tmp_path / "new" / "cases.csv").read_text().split() == ["case,dsc", "a,0.5", "b,nan"]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["cases.csv"]
 
 
 def test_files_of_an_earlier_result_go(tmp_path):
