@@ -32,7 +32,7 @@ PLAUSIBLE = (0.6, 1.65)  # stretch of a start alignment; between true glands it 
 
 @contextmanager
 def written_together(folder: Path) -> Iterator[Path]:
-    """A folder to write files in that move to `folder`, in the order they were written, when the block ends well.
+    """A folder to write in, whose content moves to `folder`, in the order it was written, when the block ends well.
 
     Raises:
         InputError: `folder` cannot be made or written.
@@ -45,6 +45,8 @@ def written_together(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in sorted(partial.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)  # a folder replaces only an empty one
             path.replace(folder / path.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
