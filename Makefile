@@ -37,7 +37,7 @@ release: .venv/installed  ## dist/prostate_mr_trus_registration_vVERSION.zip, as
 	$(BIN)/python -m scripts release --output_dir dist
 
 lint: .venv/installed-test
-	$(BIN)/ruff check scripts tests benchmarks && $(BIN)/ruff format --check scripts tests benchmarks
+	$(BIN)/ruff check scripts tests benchmarks integrations && $(BIN)/ruff format --check scripts tests benchmarks integrations
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12")'
