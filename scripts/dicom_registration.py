@@ -32,8 +32,8 @@ ACQUISITION = {  # what an MR image must have, and what stands in where the movi
     "RepetitionTime": "",
     "EchoTime": "",
     "EchoTrainLength": "",
-    "LossyImageCompression": "00",
 }
+LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")  # once so, always so
 
 
 def _pydicom() -> Any:
@@ -121,18 +121,16 @@ def save_warped_series(
 ) -> None:
     """Write the warped moving image as a DICOM series, a file per slice, in a new folder.
 
-    Intensities are rounded to whole numbers, as MR series have them; where the moving series is rescaled, or more than
-    16 bits are needed, to one of 65,536 steps.
+    Intensities are rounded to whole numbers, as MR series have them, if they span 8 to 16 bits, else to 65,536 steps.
 
     Args:
         volume: shape (X, Y, Z); a slice is along x and y.
         affine: voxel -> RAS mm, shape (4, 4).
         moving, fixed: the folders of the two series.
     """
-    sources, (reference, *_) = check_pair(moving, fixed)
-    source = sources[0]
+    (source, *_), (reference, *_) = check_pair(moving, fixed)
     low, high = min(0.0, np.floor(volume.min())), float(volume.max())
-    whole = all(float(header.get("RescaleSlope") or 1) == 1 for header in sources) and high - low < 2**16
+    whole = 2**8 <= high - low < 2**16
     slope = 1.0 if whole else float(_decimal((high - low) / (2**16 - 1))) or 1.0
     pixels = ((volume - low) / slope).round().clip(0, 2**16 - 1).astype("<u2")
     origin, spacing, direction = itk_grid(affine)
@@ -161,17 +159,18 @@ def save_warped_series(
     }
     if (low, slope) != (0, 1):  # an MR image has no rescaling by the standard, which allows to add it
         described |= {"RescaleIntercept": _decimal(low), "RescaleSlope": _decimal(slope), "RescaleType": "US"}
-    acquired = {name: source.get(name, usual) for name, usual in ACQUISITION.items()}
+    acquired = {name: source.get(name) or usual for name, usual in ACQUISITION.items()}
+    acquired |= {name: source[name].value for name in LOSSY if name in source}
     shared = _shared(reference) | acquired | described
     folder.mkdir()
     for k in range(volume.shape[2]):
         position = origin + k * spacing[2] * direction[:, 2]
-        slices = {
+        own = {
             "InstanceNumber": k + 1,
             "ImagePositionPatient": [_decimal(v) for v in position],
             "PixelData": pixels[:, :, k].T.tobytes(),
         }
-        _save(folder / f"{k + 1:04d}.dcm", MR_IMAGE, shared | slices)
+        _save(folder / f"{k + 1:04d}.dcm", MR_IMAGE, shared | own)
 
 
 def _shared(reference: Any) -> dict[str, Any]:

@@ -48,7 +48,6 @@ def test_a_refusal_is_one_line_that_says_why(pair, tmp_path):
         (sys.executable, str(ROOT), "error: .*missing.nrrd: file not found"),
         (sys.executable, str(tmp_path), "No module named scripts"),
         (str(tmp_path / "python"), str(ROOT), "set Python and the bundle's folder"),
-        ("", str(ROOT), "set Python and the bundle's folder"),
     ):
         with pytest.raises(RuntimeError, match=message) as refusal:
             logic.run(python, bundle, str(tmp_path / "missing.nrrd"), *good)
