@@ -37,7 +37,7 @@ release: .venv/installed  ## dist/prostate_mr_trus_registration_vVERSION.zip, as
 	$(BIN)/python -m scripts release --output_dir dist
 
 lint: .venv/installed-test
-	$(BIN)/ruff check scripts tests benchmarks && $(BIN)/ruff format --check scripts tests benchmarks
+	$(BIN)/ruff check scripts tests benchmarks integrations && $(BIN)/ruff format --check scripts tests benchmarks integrations
 
 audit: .venv/installed-test .venv-audit/installed  ## known vulnerabilities of every installed and pinned package; fails if one cannot be asked for
 	$(BIN)/python -m pip freeze | sed 's/+.*//' > .venv-audit/installed.txt

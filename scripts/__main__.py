@@ -43,7 +43,8 @@ def register(
     warped_moving_label.nii.gz. ddf.nii.gz maps the original fixed world to the original moving world, in LPS mm, as ITK
     and ANTs read it: applied to the original moving image it gives the warped one. For other tools, --formats names
     any of: itk and slicer (ddf.h5), ants (ddf.nii.gz itself), niftyreg (niftyreg.nii.gz), elastix (transformix.txt),
-    dicom (registration.dcm, if both images are DICOM series; needs requirements-dicom.txt).
+    dicom (registration.dcm and the series warped_moving_image/, if both images are DICOM series; needs
+    requirements-dicom.txt).
 
     Args:
         moving: the MR, a NIfTI, MetaImage or NRRD file, or a folder with one DICOM series.

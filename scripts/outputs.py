@@ -32,7 +32,7 @@ NOTICE = "Research use only. Not for clinical decisions."
 
 @contextmanager
 def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """A folder to write files in that move to `folder`, in the order they were written, when the block ends well.
+    """A folder to write in, whose content moves to `folder`, in the order it was written, when the block ends well.
 
     Of several processes that write into one folder, the last one's files are there, and none of the others'.
 
@@ -51,12 +51,25 @@ def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
         yield partial
         written = sorted(partial.iterdir(), key=lambda path: path.stat().st_mtime_ns)
         with alone_in(folder):
+            for name in {*stale, *(path.name for path in written)}:
+                _remove_slices(folder / name)
             for path in written:
                 path.replace(folder / path.name)
             for name in set(stale) - {path.name for path in written}:
                 (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_slices(folder: Path) -> None:
+    """Remove the folder of a DICOM series that an earlier result left; one that holds other files stays: refused."""
+    if folder.is_dir():
+        try:
+            for path in folder.glob("*.dcm"):
+                path.unlink()
+            folder.rmdir()
+        except OSError as error:
+            raise InputError(f"{folder}: holds other files than an earlier result's; move it away") from error
 
 
 def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, dtype: type, intent: str = "none") -> None:
@@ -142,7 +155,7 @@ def save_registration(
     Raises:
         InputError: the folder cannot be written.
     """
-    with written_together(folder, stale={LABEL, *formats.FILES.values()}) as partial:
+    with written_together(folder, stale={LABEL, formats.WARPED_SERIES, *formats.FILES.values()}) as partial:
         affine = item["original_fixed_image"].affine.numpy()
         save_volume(
             partial / "warped_moving_image.nii.gz", item["warped_moving_image"][0].numpy(), affine, dtype=np.float32

@@ -4,8 +4,10 @@ import math
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
+from scripts.checks import InputError
 from scripts.files import write_csv
 from scripts.outputs import written_together
 
@@ -46,3 +48,16 @@ def test_files_of_an_earlier_result_go(tmp_path):
             for name in names:
                 (partial / name).touch()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c"]
+
+
+def test_a_folder_of_slices_is_replaced_and_one_of_other_files_is_refused(tmp_path):
+    (tmp_path / "series").mkdir()
+    (tmp_path / "series" / "old.dcm").touch()
+    with written_together(tmp_path) as partial:
+        (partial / "series").mkdir()
+        (partial / "series" / "new.dcm").touch()
+    assert [p.name for p in (tmp_path / "series").iterdir()] == ["new.dcm"]
+    (tmp_path / "series" / "mine.txt").touch()
+    with pytest.raises(InputError, match="holds other files"), written_together(tmp_path, stale={"series"}) as partial:
+        (partial / "a").touch()
+    assert (tmp_path / "series" / "mine.txt").exists() and not (tmp_path / "a").exists()
