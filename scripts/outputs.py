@@ -63,13 +63,14 @@ def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
 
 def _remove_slices(folder: Path) -> None:
     """Remove the folder of a DICOM series that an earlier result left; one that holds other files stays: refused."""
-    if folder.is_dir():
-        try:
-            for path in folder.glob("*.dcm"):
-                path.unlink()
-            folder.rmdir()
-        except OSError as error:
-            raise InputError(f"{folder}: holds other files than an earlier result's; move it away") from error
+    if not folder.is_dir():
+        return
+    held = list(folder.iterdir())
+    if any(path.suffix != ".dcm" for path in held):
+        raise InputError(f"{folder}: holds other files than an earlier result's; move it away")
+    for path in held:
+        path.unlink()
+    folder.rmdir()
 
 
 def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, dtype: type, intent: str = "none") -> None:
