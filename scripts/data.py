@@ -8,8 +8,8 @@ MONAI datalist JSON. Each item of the datalist is a dictionary of paths: `case`,
 from __future__ import annotations
 
 import json
-import os
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -200,9 +200,10 @@ def check_output(output_dir: str, pairs: Sequence[dict[str, str]] = ()) -> None:
     """
     folder = Path(output_dir).resolve()
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        why = "is not writable" if there.is_dir() else "is a file"
-        raise InputError(f"{output_dir}: cannot be written, {there} {why}; choose another --output_dir")
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # asking for permissions tells root and full disks nothing
+    except OSError as error:
+        raise InputError(f"{output_dir}: cannot be written, {there}: {error.strerror}") from error
     for pair in pairs:
         for path in (Path(pair[key]).resolve() for key in (*KEYS, TRUTH) if key in pair):
             named = path.parent if path.parent.name in (*sum(FOLDERS, ()), TRUTH) else path

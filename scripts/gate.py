@@ -134,7 +134,6 @@ def check_dataset(
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     for row in rows:
         print("  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[3]]))
-    print(
-        f"{dataset_dir}: {len(pairs)} pairs, {refused} refused, {len(pairs) - refused} fit for use ({repaired} repaired)"
-    )
+    fit = len(pairs) - refused
+    print(f"{dataset_dir}: {len(pairs)} pairs, {refused} refused, {fit} fit for use ({repaired} of them repaired)")
     return refused

@@ -154,7 +154,7 @@ def _check_metaimage(path: Path) -> None:
             header[key.strip()] = value.strip()
             if key.strip() == "ElementDataFile":
                 break
-        spacing = [float(size) for size in header.get("ElementSpacing", "").split()]
+        spacing = [round(float(size), 6) for size in header.get("ElementSpacing", "").split()]
         if not all(size > 0 for size in spacing):
             raise InputError(f"{path}: voxel size {spacing} mm in the header; it must be positive")
         if header.get("CompressedData", "").lower() != "true":
