@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 MAX_VOXELS = 512**3  # a larger volume is refused rather than run out of memory half-way
+MAX_MM = 1e5  # no scanner's world is larger; single precision tells voxels apart in it
 ROUNDING = 1e-4  # cosine between two axes that headers in single precision have, and that ITK takes for zero
 MAX_SHEAR = 0.02  # the same, about one degree: the most that is mended
 
@@ -65,7 +66,8 @@ def check_geometry(path: str | Path, shape: tuple[int, ...], affine: np.ndarray)
         affine: voxel -> world mm, shape (4, 4).
 
     Raises:
-        InputError: not three axes, a single slice, too many voxels, a zero, negative or NaN spacing, a singular affine.
+        InputError: not three axes, a single slice, too many voxels; an affine that is singular or beyond `MAX_MM`, or
+            has a zero or NaN spacing.
     """
     if len(shape) != 3:
         raise InputError(f"{path}: expected a 3-D volume, found {len(shape)} axes {shape}")
@@ -76,6 +78,8 @@ def check_geometry(path: str | Path, shape: tuple[int, ...], affine: np.ndarray)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or (spacing <= 0).any():
         raise InputError(f"{path}: voxel size {spacing.round(6).tolist()} mm in the header; it must be positive")
+    if np.abs(affine).max() > MAX_MM:
+        raise InputError(f"{path}: {np.abs(affine).max():g} mm in the affine, beyond {MAX_MM:g}; mend the header")
     if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-3:
         raise InputError(f"{path}: the affine in the header is singular; its axes do not span a volume")
 

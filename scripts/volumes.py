@@ -20,6 +20,7 @@ from monai.transforms import EnsureChannelFirst
 from scripts import checks
 from scripts.checks import InputError
 
+SMALLEST = 2.3e-16  # scale of voxels; ITK takes one below for none
 CHUNK = 2**20  # bytes read at a time
 UNEVEN = "ITK_non_uniform_sampling_deviation"  # mm, which ITK finds in a DICOM series
 UNITS = {1: "metre", 3: "micrometre"}  # of xyzt_units; mm is 2, and none is taken to be mm
@@ -76,7 +77,11 @@ def nifti_affine(path: str, header: nib.Nifti1Header) -> np.ndarray:
         raise InputError(f"{path}: voxels of type {kind}; expected real numbers")
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
     scaled = slope != 0 and not np.isnan(slope)
-    if np.isinf(slope) or not (np.isfinite(inter) if scaled else inter == 0 or np.isnan(inter)):
+    if (
+        np.isinf(slope)
+        or 0 < abs(slope) < SMALLEST
+        or not (np.isfinite(inter) if scaled else inter == 0 or np.isnan(inter))
+    ):
         raise InputError(f"{path}: scl_slope {slope:g} with scl_inter {inter:g} in the header; rescale the values")
     offset = float(header["vox_offset"])
     if not header.single_vox_offset <= offset < np.inf:
