@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register, apply a transform, check a data set, simulate, reconstruct a sweep, and more.
+"""`python -m scripts VERB`: register, apply, invert, check, phantom, sweep, crossval, report, check-config and others.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -51,8 +51,8 @@ def register(
         output_dir: where to write; made if it does not exist.
         start: as the weights were trained: "learned" (the glands found in the two images coincide), which is the
             default; "centre" (the volumes' centres coincide); "header" (world coordinates as they are); "rigid" (by
-            elastix, from the centres on); or a linear transform file of ITK or ANTs (.tfm, .txt, .h5, .mat) that maps
-            fixed to moving points.
+            elastix, from the centres on); or a transform file that maps fixed to moving points, linear or a field, see
+            docs/transforms.md, for example an earlier ddf.nii.gz.
         moving_labels: label file of the moving image, warped as well.
         fixed_labels: label file of the fixed image; with moving_labels, DSC and TRE are reported.
         overlay: a config with the settings other weights were trained with, for example configs/baseline.yaml.
@@ -127,6 +127,27 @@ def apply(
     paths = [None if path is None else str(path) for path in (output, moving, reference)]
     points = None if points is None else str(points)
     apply(names(transform), *paths, label, interpolation, points, points_from, coordinates)
+
+
+def invert(transform: str | list[str], reference: str, output: str) -> None:
+    """Write the inverse of a registration as a displacement field of its own. Research use only.
+
+    Example:
+        python -m scripts invert --transform out/ddf.nii.gz --reference mr.nii.gz --output out/inverse.nii.gz
+        python -m scripts apply --transform out/inverse.nii.gz --moving trus.nii.gz --output trus_on_mr.nii.gz
+
+    The inverse takes points of the moving image to points of the fixed image, and so pulls fixed images onto the moving
+    grid. Beside it is written where it is known (inverse_known.nii.gz): 0 for voxels that the fixed image does not
+    show, that lie in a fold or whose residual is above 0.1 mm; these have the displacement of the nearest that is.
+
+    Args:
+        transform: one or several, as of apply.
+        reference: the moving image, or another whose grid to write the inverse on.
+        output: the displacement (.nii.gz), LPS mm, as ITK, SimpleITK, 3D Slicer and ANTs read it.
+    """
+    from scripts.invert import invert
+
+    invert(names(transform), str(reference), str(output))
 
 
 def check(
@@ -342,6 +363,28 @@ def report(output_dir: str, variant: str | None = None, dataset_dir: str | None 
     print(write(str(output_dir), None if variant is None else str(variant), dataset_dir and str(dataset_dir)))
 
 
+def check_config(path: str) -> None:
+    """List what a config, or a bundle's folder, would execute, without executing any of it; exit code 1 on findings.
+
+    Example:
+        python -m scripts check-config downloaded/some_bundle
+
+    Lists each expression ($), each thing called (_target_) and what logging.conf evaluates; of a folder also code,
+    pickles, links and hidden folders, unless they equal this bundle's own. A finding is what is not on the lists of
+    scripts/config_check.py, and is to be read before the bundle is run. What is on them computes; which files a config
+    reads and writes is not judged.
+
+    Args:
+        path: a .json, .yaml or logging .conf file, or a bundle's folder.
+    """
+    from scripts.config_check import judge, table
+
+    entries = judge(str(path))
+    print(table(entries))
+    if any(entry.finding for entry in entries):
+        sys.exit(1)
+
+
 def run_config(name: str, *overlays: str | Path | None, **settings) -> None:
     """Run a config of this bundle in this process, as `python -m monai.bundle run` does; an overlay may be None."""
     import logging
@@ -352,6 +395,8 @@ def run_config(name: str, *overlays: str | Path | None, **settings) -> None:
     gc.freeze()
     gc.enable()
 
+    if "datalist" in settings:  # in a list MONAI evaluates a file's name that starts with $; it leaves tuples alone
+        settings["datalist"] = tuple(settings["datalist"])
     for noisy in ("monai", "ignite", "py.warnings"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     files = [str(ROOT / "configs" / name)] + [str(Path(overlay).resolve()) for overlay in overlays if overlay]
@@ -371,7 +416,7 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):  # Fire calls a bare --help of a verb with required arguments an error
         arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
     try:
-        verbs = (register, apply, check, phantom, sweep, demo, crossval, report, release)
+        verbs = (register, apply, invert, check, phantom, sweep, demo, crossval, report, release, check_config)
         fire.Fire({verb.__name__: verb for verb in verbs}, arguments, name="python -m scripts")
     except Exception as error:
         refused = refusal(error)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from scripts import checks, fields
 from scripts.checks import InputError
 from scripts.data import image_files
-from scripts.formats import Displacement, Step, read_transform
+from scripts.formats import Displacement, Step, forward, read_transform
 from scripts.outputs import NOTICE, save_volume, written_together
 from scripts.points import read_points
 from scripts.volumes import load_volume
@@ -35,26 +35,6 @@ OUTSIDE, FOLDS = "outside the field", "the field folds here"
 def compose(paths: Sequence[str | Path]) -> list[Step]:
     """The steps of several transform files, named in the order in which the moving image goes through them."""
     return [step for path in reversed(paths) for step in read_transform(path)]
-
-
-def forward(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor]:
-    """Fixed points to moving points.
-
-    Args:
-        points: shape (1, 3, X, Y, Z), float64, RAS mm.
-
-    Returns:
-        The same shape, and (1, 1, X, Y, Z) bool: whether a point met every displacement inside its grid. Beyond it
-        nothing is known of a displacement, least of all zero where a start alignment is composed in.
-    """
-    known = torch.ones_like(points[:, :1], dtype=torch.bool)
-    for step in steps:
-        if isinstance(step, Displacement):
-            known &= fields.covers(step.field.shape[1:], step.affine, points)
-            points = fields.displaced(step.field[None], step.affine, points)
-        else:
-            points = fields.transform_points(step, points)
-    return points, known
 
 
 def backward(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor, list[str]]:

@@ -164,6 +164,10 @@ def cross_validate(
         if name in OWN or name not in known:
             why = "is set for each fold" if name in OWN else "is no setting of configs/train.json"
             raise InputError(f"--{name}: {why}")
+    for variant in variants:
+        for name, own in merged(overlays_of(variant)).items():
+            if name in settings and settings[name] != own:
+                print(f"{variant} sets {name} to {own} itself; --{name} {settings[name]} overrides it", flush=True)
     output = Path(output_dir).resolve()
     plan = {
         "fold_seed": fold_seed,

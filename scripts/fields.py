@@ -240,21 +240,21 @@ def inverse(
     voxels = identity_grid(displacement.shape[2:], torch.float64, "cpu")[:, :: every[0], :: every[1], :: every[2]]
     grid = transform_points(affine, voxels[None])
     tree = cKDTree(displaced(displacement, affine, grid).flatten(2)[0].T.numpy())
-    x = grid.flatten(2)[:, :, tree.query(points[0, :, :, 0, 0].T.numpy())[1]][..., None, None]
+    x = grid.flatten(2)[:, :, tree.query(points[0, :, :, 0, 0].T.numpy())[1]][..., None, None].contiguous()
 
-    def error(x: Tensor) -> Tensor:
-        return displaced(displacement, affine, x) - points
-
-    off, length = error(x), torch.ones_like(points[:, :1])
+    off, length = displaced(displacement, affine, x) - points, torch.ones_like(points[:, :1])
     for _ in range(steps):
-        if off.norm(dim=1).max() <= tolerance:
+        # a step that was halved that often leads nowhere: the point is outside, or in a fold
+        going = ((off.norm(dim=1) > tolerance) & (length[:, 0] > 1e-4)).flatten().nonzero()[:, 0]
+        if not len(going):
             break
-        newton = torch.linalg.pinv(_gradient(displacement, affine, x)) @ off[0, :, :, 0, 0].T[..., None]
-        tried = x - length * newton[..., 0].T[None, :, :, None, None]
-        after = error(tried)
-        better = after.norm(dim=1, keepdim=True) < off.norm(dim=1, keepdim=True)
-        x, off = torch.where(better, tried, x), torch.where(better, after, off)
-        length = torch.where(better, (2 * length).clamp_max(1), length / 2)
+        at, error, step = x[:, :, going], off[:, :, going], length[:, :, going]
+        newton = torch.linalg.pinv(_gradient(displacement, affine, at)) @ error[0, :, :, 0, 0].T[..., None]
+        tried = at - step * newton[..., 0].T[None, :, :, None, None]
+        after = displaced(displacement, affine, tried) - points[:, :, going]
+        better = after.norm(dim=1, keepdim=True) < error.norm(dim=1, keepdim=True)
+        x[:, :, going], off[:, :, going] = torch.where(better, tried, at), torch.where(better, after, error)
+        length[:, :, going] = torch.where(better, (2 * step).clamp_max(1), step / 2)
     return x, off.norm(dim=1).flatten(), torch.linalg.det(_gradient(displacement, affine, x))
 
 

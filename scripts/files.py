@@ -1,11 +1,11 @@
-"""A file that is there as a whole or not at all, whenever the process or the machine stops."""
+"""Files that are there as a whole or not at all, whenever the process or the machine stops, and whoever else writes."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -33,3 +33,20 @@ def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes that want the same out of a folder meanwhile, where the file system can (not on Windows)."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network drive without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -18,7 +18,7 @@ import torch
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from scripts import checks
+from scripts import checks, fields
 from scripts.checks import InputError
 
 FILES = {  # what each tool reads in the folder of a registration; ddf.nii.gz is always there
@@ -132,18 +132,24 @@ def matrix_of(transform: Any) -> Tensor:
     return flip @ matrix @ flip
 
 
-def read_matrix(path: str | Path) -> Tensor:
-    """A transform file of linear steps only as one 4×4 matrix, fixed world -> moving world, RAS mm.
+def forward(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor]:
+    """Fixed points to moving points.
 
-    Raises:
-        InputError: see `read_transform`; a step is no matrix.
+    Args:
+        points: shape (1, 3, X, Y, Z), float64, RAS mm.
+
+    Returns:
+        The same shape, and (1, 1, X, Y, Z) bool: whether a point met every displacement inside its grid. Beyond it
+        nothing is known of a displacement, least of all zero where a start alignment is composed in.
     """
-    matrix = torch.eye(4, dtype=torch.float64)
-    for step in read_transform(path):
+    known = torch.ones_like(points[:, :1], dtype=torch.bool)
+    for step in steps:
         if isinstance(step, Displacement):
-            raise InputError(f"{path}: a displacement field; a start must be linear. `apply` composes fields")
-        matrix = step @ matrix
-    return matrix
+            known &= fields.covers(step.field.shape[1:], step.affine, points)
+            points = fields.displaced(step.field[None], step.affine, points)
+        else:
+            points = fields.transform_points(step, points)
+    return points, known
 
 
 def checked_formats(formats: str | Sequence[str] | None, pairs: Iterable[Mapping[str, str]] = ()) -> list[str]:

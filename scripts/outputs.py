@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,17 +20,24 @@ from monai.transforms import Orientation
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from scripts import fields, figures, formats, metrics
-from scripts.checks import InputError
+from scripts import figures, formats, qa
+from scripts.checks import InputError, check_case_name, sha256
+from scripts.files import alone_in
 from scripts.transforms import to_original_grid
 
+VERSION = json.loads((Path(__file__).parents[1] / "configs" / "metadata.json").read_text("utf-8"))["version"]
+LABEL = "warped_moving_label.nii.gz"
 NOTICE = "Research use only. Not for clinical decisions."
-PLAUSIBLE = (0.6, 1.65)  # stretch of a start alignment; between true glands it was 0.72 to 1.48 in 20 real pairs
 
 
 @contextmanager
-def written_together(folder: Path) -> Iterator[Path]:
+def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
     """A folder to write files in that move to `folder`, in the order they were written, when the block ends well.
+
+    Of several processes that write into one folder, the last one's files are there, and none of the others'.
+
+    Args:
+        stale: names that go if they are not written anew, being of an earlier result.
 
     Raises:
         InputError: `folder` cannot be made or written.
@@ -44,8 +49,12 @@ def written_together(folder: Path) -> Iterator[Path]:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
     try:
         yield partial
-        for path in sorted(partial.iterdir(), key=lambda path: path.stat().st_mtime_ns):
-            path.replace(folder / path.name)
+        written = sorted(partial.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        with alone_in(folder):
+            for path in written:
+                path.replace(folder / path.name)
+            for name in set(stale) - {path.name for path in written}:
+                (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -71,57 +80,10 @@ def save_displacement(path: Path, displacement: np.ndarray, affine: np.ndarray) 
     save_volume(path, np.moveaxis(lps, 0, -1)[..., None, :], affine, dtype=np.float64, intent="vector")
 
 
-def deformation(item: Mapping[str, Any]) -> Tensor:
-    """The displacement without the start alignment, (1, 3, X, Y, Z), mm in the fixed world: S⁻¹(T(x)) − x."""
-    affine, size = item["original_fixed_image"].affine.double(), item["displacement"].shape[1:]
-    x = fields.transform_points(affine, fields.identity_grid(size, torch.float64, "cpu")[None])
-    start = torch.linalg.inv(item["start"].double().cpu())
-    return fields.transform_points(start, x + item["displacement"][None]) - x
-
-
-def quality(item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor) -> dict[str, Any]:
-    """The QA figures of one registration: folding, Jacobian, displacement, coverage, start; with labels, DSC and TRE.
-
-    Args:
-        item: what `scripts.transforms.ToOriginalGridd` leaves.
-        before: `scripts.transforms.to_original_grid` of the start alignment alone.
-        moved: its `deformation`.
-    """
-    affine = item["original_fixed_image"].affine
-    displacement = item["displacement"][None]
-    covered = torch.ones_like(item["original_moving_image"].as_tensor())[None]
-    covered = fields.pull(covered, item["original_moving_image"].affine, displacement, affine)
-    stretch = torch.linalg.svdvals(item["start"][:3, :3].double())
-    record = metrics.jacobian_statistics(displacement[0], affine) | {
-        "max_displacement_mm": moved.norm(dim=1).max().item(),
-        "covered_percent": 100 * (covered > 0).double().mean().item(),
-        "start_stretch_min": stretch.min().item(),
-        "start_stretch_max": stretch.max().item(),
-    }
-    if "original_fixed_label" in item and "warped_moving_label" in item:
-        fixed = item["original_fixed_label"].as_tensor()
-        for suffix, warped in (("_before", before["moving_label"]), ("", item["warped_moving_label"])):
-            scores, _ = metrics.score_case(warped, fixed, affine[:3, :3].norm(dim=0))
-            record[f"gland_dsc{suffix}"] = scores["dsc"]
-            record[f"tre{suffix}_mm"] = scores["tre_mm"]
-    return {k: v if math.isfinite(v) else None for k, v in record.items()}
-
-
-def flags(record: Mapping[str, Any]) -> list[str]:
-    """What about a registration should make its reader doubt it, in words; see `quality`."""
-    found = []
-    low, high = PLAUSIBLE
-    if record["start_stretch_min"] < low or record["start_stretch_max"] > high:
-        found.append("implausible start, the glands found differ too much")
-    if record["folded_percent"] > 0:
-        found.append("the field folds")
-    return found
-
-
 def save_overview(
     path: Path, item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor, record: Mapping[str, Any]
 ) -> None:
-    """Draw `scripts.figures.overview` for one case on the original fixed grid, axes reordered to RAS; see `quality`."""
+    """Draw `scripts.figures.overview` for one case on the original fixed grid, in axes RAS; see `scripts.qa`."""
     affine = item["original_fixed_image"].affine.double()
     reorient = Orientation(axcodes="RAS", labels=None)
 
@@ -158,7 +120,12 @@ def save_overview(
 
 
 def save_registration(
-    folder: Path, item: Mapping[str, Any], provenance: Mapping[str, Any], tools: Sequence[str] = ()
+    folder: Path,
+    item: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    tools: Sequence[str] = (),
+    limits: Mapping[str, Any] | None = None,
+    inconsistency: float | None = None,
 ) -> list[str]:
     """Write everything one registration leaves into `folder`, or nothing: files appear when all of them are complete.
 
@@ -166,14 +133,16 @@ def save_registration(
         item: what `scripts.transforms.ToOriginalGridd` leaves.
         provenance: for the QA record.
         tools: whose transform files to write beside ddf.nii.gz, see `scripts.formats.FILES`.
+        limits: see `scripts.qa.flags`.
+        inconsistency: see `scripts.qa.quality`.
 
     Returns:
-        What is to be checked, see `flags`.
+        What is to be checked, see `scripts.qa.flags`.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    with written_together(folder) as partial:
+    with written_together(folder, stale={LABEL, *formats.FILES.values()}) as partial:
         affine = item["original_fixed_image"].affine.numpy()
         save_volume(
             partial / "warped_moving_image.nii.gz", item["warped_moving_image"][0].numpy(), affine, dtype=np.float32
@@ -183,21 +152,16 @@ def save_registration(
         if "warped_moving_label" in item:
             binary = (item["warped_moving_label"] >= 0.5).movedim(0, -1).numpy()
             binary = binary[..., 0] if binary.shape[-1] == 1 else binary
-            save_volume(partial / "warped_moving_label.nii.gz", binary, affine, dtype=np.uint8)
+            save_volume(partial / LABEL, binary, affine, dtype=np.uint8)
         before = to_original_grid(item, torch.zeros_like(item["pred"]))
-        moved = deformation(item)
-        record = quality(item, before, moved)
-        record["flags"] = flags(record)
+        moved = qa.deformation(item)
+        record = qa.quality(item, before, moved, inconsistency)
+        record |= {"flags": qa.flags(record, limits or {}), "limits": dict(limits or {})}
         save_overview(partial / "overview.png", item, before, moved, record)
         known = {k: item[k] for k in ("case", "moving_file", "fixed_file")}
         record = {"notice": NOTICE} | known | record | dict(provenance)
         (partial / "qa.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record["flags"]
-
-
-def sha256(path: str) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class SaveRegistrations:
@@ -211,6 +175,7 @@ class SaveRegistrations:
         case_folders: False writes straight into `output_dir`; for a single case.
         tools: whose transform files to write, a list or separated by commas, see `scripts.formats.checked_formats`.
         pairs: the datalist, for what some tools need of the inputs.
+        limits: beyond which a figure raises a flag, see `scripts.qa.flags`.
 
     Raises:
         InputError: an unknown tool, or inputs that its file cannot be written for.
@@ -225,7 +190,10 @@ class SaveRegistrations:
         case_folders: bool = True,
         tools: str | Sequence[str] | None = None,
         pairs: Sequence[Mapping[str, str]] = (),
+        limits: Mapping[str, Any] | None = None,
     ) -> None:
+        self.limits = dict(limits or {})
+        qa.flags({}, self.limits)  # refuses an unknown one
         self.output_dir = Path(output_dir)
         self.case_folders = case_folders
         self.tools = formats.checked_formats(tools, pairs)
@@ -233,14 +201,16 @@ class SaveRegistrations:
         self.provenance |= {"weights": weights, "weights_sha256": weights and sha256(weights)}
         starts = ensure_tuple(start_weights) if start_weights else ()
         self.provenance |= {"start_weights": list(starts), "start_weights_sha256": [sha256(path) for path in starts]}
-        self.provenance |= {"torch": torch.__version__, "monai": monai.__version__}
+        self.provenance |= {"version": VERSION, "torch": torch.__version__, "monai": monai.__version__}
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save)
 
     def _save(self, engine: Engine) -> None:
-        for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
+        known = self.provenance | {"precision": engine.inferer.used}
+        items = zip(engine.state.batch, engine.state.output, engine.inferer.inconsistency, strict=True)
+        for batch, output, inconsistency in items:
             item = {**batch, **output}
-            folder = self.output_dir / item["case"] if self.case_folders else self.output_dir
-            found = save_registration(folder, item, self.provenance | {"precision": engine.inferer.used}, self.tools)
+            folder = self.output_dir / check_case_name(item["case"]) if self.case_folders else self.output_dir
+            found = save_registration(folder, item, known, self.tools, self.limits, inconsistency)
             print("; ".join([f"{item['case']}: {folder}", *(f"CHECK: {flag}" for flag in found)]))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from scripts.checks import InputError
 from scripts.engine import PrecisionInferer
+from scripts.fields import compose
 from scripts.losses import BendingEnergy, LabelDrivenLoss, MultiscaleSquaredDiceLoss
 
 
@@ -43,6 +44,9 @@ class RefinedInferer(PrecisionInferer):
     Eq. (4) of soft maps is better when the moving one is squeezed. No label of the pair is used, so it may be done on
     any pair. A fit with no better objective than the network's field is dropped.
 
+    Where no network has moved anything, the pair is fitted once more with its images exchanged: one field after the
+    other should lead back.
+
     Args:
         precision, tolerance: of the network, see `PrecisionInferer`.
         steps: the most iterations of L-BFGS; 0 switches the refinement off.
@@ -50,8 +54,12 @@ class RefinedInferer(PrecisionInferer):
         apart: between control points, voxels.
         scales: of the Dice, voxels.
 
+    Attributes:
+        inconsistency: of each pair of the last call, the mean distance in voxels over the fixed gland that is left when
+            the two fits follow each other; None where there is no second one.
+
     Raises:
-        InputError: the input has no glands, because the start is not the learned one.
+        InputError: the input has no glands, because no learned start looked for them.
     """
 
     def __init__(
@@ -65,15 +73,25 @@ class RefinedInferer(PrecisionInferer):
     ) -> None:
         super().__init__(precision, tolerance)
         self.steps, self.apart = steps, apart
+        self.inconsistency: list[float | None] = []
         self.loss = LabelDrivenLoss(MultiscaleSquaredDiceLoss(scales), BendingEnergy(), alpha)
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         ddf = super().__call__(inputs, network, *args, **kwargs)
+        self.inconsistency = [None] * len(ddf)
         if network.training or not self.steps:
             return ddf
         if inputs.shape[1] != 4:
             raise InputError("refine_steps needs the glands that --start learned finds; or pass --refine_steps 0")
-        return torch.cat([self._fit(*pair) for pair in zip(ddf.split(1), inputs[:, 2:].split(1), strict=True)])
+        fitted = torch.cat([self._fit(*pair) for pair in zip(ddf.split(1), inputs[:, 2:].split(1), strict=True)])
+        if not ddf.any():
+            pairs = zip(fitted.split(1), inputs[:, 2:].split(1), strict=True)
+            self.inconsistency = [self._left(there, glands) for there, glands in pairs]
+        return fitted
+
+    def _left(self, there: Tensor, glands: Tensor) -> float:
+        back = self._fit(torch.zeros_like(there), glands.flip(1))
+        return compose(back, there).norm(dim=1)[glands[:, 1] > 0.5].mean().item()
 
     @torch.inference_mode(False)
     @torch.enable_grad()

@@ -163,30 +163,50 @@ def largest_component(probability: Tensor) -> Tensor:
     return probability * torch.from_numpy(ndimage.binary_dilation(parts == largest)).to(probability.device)
 
 
-def mirrored_mean(networks: Sequence[nn.Module], cube: Tensor) -> Tensor:
-    """Probability of the gland in a cube (1, 1, SIDE, SIDE, SIDE), the mean of all looks at it and its mirror.
+def mirrored_looks(networks: Sequence[nn.Module], cube: Tensor) -> Tensor:
+    """Probability of the gland in a cube (1, 1, SIDE, SIDE, SIDE) as each network sees it straight and in the mirror.
 
-    Patients are nearly symmetric from left to right. Headers do not say for sure which axis that is, the network does:
-    of the first two axes it is the one whose mirror image it sees as it sees the cube itself.
+    Shape (looks, 1, SIDE, SIDE, SIDE), the mirrored ones turned back. Patients are nearly symmetric from left to right.
+    Headers do not say for sure which axis that is, the network does: of the first two axes it is the one whose mirror
+    image it sees as it sees the cube itself.
     """
     turned = torch.cat([cube, cube.flip(2), cube.flip(3)])
-    straight, first, second = torch.stack([n(turned).float().sigmoid() for n in networks]).mean(0).split(1)
+    straight, first, second = torch.stack([n(turned).float().sigmoid() for n in networks], dim=1).unbind()
     looks = first.flip(2), second.flip(3)
-    overlap = [2 * (straight * look).sum() / (straight + look).sum() for look in looks]
-    return (straight + looks[int(overlap[1] > overlap[0])]) / 2
+    mean = straight.mean(0)
+    overlap = [2 * (mean * look.mean(0)).sum() / (mean + look.mean(0)).sum() for look in looks]
+    return torch.cat([straight, looks[int(overlap[1] > overlap[0])]])
+
+
+def agreement(looks: Tensor) -> float:
+    """The smallest Dice between two looks, (L, 1, X, Y, Z), above one half; 0 where a look has nothing there."""
+    seen = (looks > 0.5).flatten(1).double()
+    both, size = seen @ seen.T, seen.sum(1)
+    return (2 * both / (size + size[:, None]).clamp_min(1)).min().item()
+
+
+def cut_percent(gland: Tensor, inside: Tensor) -> float:
+    """How much of the two voxels around a gland the image does not show.
+
+    Args:
+        gland: map (X, Y, Z), above one half.
+        inside: on the same grid, 1 in the image and 0 outside.
+    """
+    near = torch.from_numpy(ndimage.binary_dilation((gland > 0.5).numpy(), iterations=2)) & (gland <= 0.5)
+    return 100 * (inside[near] < 0.5).double().mean().item()
 
 
 class FindGlandsd(Transform):
     """Add `moving_gland` and `fixed_gland`: the probability of the gland, found in each image by a network.
 
     Each is a `MetaTensor` (1, SIDE, SIDE, SIDE) with its own affine (RAS mm): a cube around the gland, zero outside the
-    largest connected region.
+    largest connected region. `moving_doubts` and `fixed_doubts` are what speaks against them, see `find`.
 
     Args:
         network: (B, 1, SIDE, SIDE, SIDE) -> logits of the gland, same shape.
         path: its weights; or several files, whose networks' probabilities are averaged.
         device: where it runs.
-        wanted: False leaves a pair as it is, for another start.
+        wanted: False leaves a pair as it is.
 
     Raises:
         InputError: the weights do not fit (see `scripts.checks.check_weights`); no gland is found in an image.
@@ -212,25 +232,39 @@ class FindGlandsd(Transform):
                 network.to(self.device).eval()
         d = dict(data)
         for side in ("moving", "fixed"):
-            gland = self.find(d[f"{side}_image"])
-            if gland is None:
+            found = self.find(d[f"{side}_image"])
+            if found is None:
                 where = d.get(f"{side}_file", f"the {side} image")
-                raise InputError(f"{where}: no prostate found; use --start centre, or --start FILE")
-            d[f"{side}_gland"] = gland
+                raise InputError(f"{where}: no prostate found; is it the right image, with the whole gland in view?")
+            d[f"{side}_gland"], d[f"{side}_doubts"] = found
         return d
 
     @torch.inference_mode()
-    def find(self, volume: MetaTensor) -> MetaTensor | None:
-        """The gland of a volume (1, X, Y, Z); None without one."""
+    def find(self, volume: MetaTensor) -> tuple[MetaTensor, dict[str, float]] | None:
+        """The gland of a volume (1, X, Y, Z) and its doubts; None without one.
+
+        The doubts: `agreement` of the close looks (see there); `blur`, Σ p(1 − p) over the voxels of the gland;
+        `drift`, how far the second look moved its centre, in lengths of its cube; `growth`, the second length over the
+        first; `cut_percent` (see there).
+        """
         centre, axes, length = frame(volume)
         image = volume.as_tensor().cpu()
         dark = MetaTensor(image - image.min(), affine=volume.affine.cpu())  # nothing is darker than what is outside
         for _ in range(2):
             affine = cube_affine(centre, axes, length)
             cube = standardised(on_cube(dark, affine)).to(self.device)
-            probability = largest_component(mirrored_mean(self.networks, cube)[0, 0].cpu())
+            looks = mirrored_looks(self.networks, cube).cpu()
+            mean = looks.mean(0)[0]
+            probability = largest_component(mean)
             if not probability.any():
                 return None
             gland = MetaTensor(probability[None], affine=affine)
-            centre, length = close_up(gland)
-        return gland
+            (before, first), (centre, length) = (centre, length), close_up(gland)
+        inside = on_cube(MetaTensor(torch.ones_like(image), affine=volume.affine.cpu()), affine)[0, 0]
+        return gland, {
+            "agreement": agreement(looks),
+            "blur": ((mean * (1 - mean)).sum() / (probability > 0.5).sum()).item(),
+            "drift": (centre - before).norm().item() / length,
+            "growth": length / first,
+            "cut_percent": cut_percent(probability, inside),
+        }

@@ -86,44 +86,45 @@ class LoadPaird(Transform):
         return MetaTensor(step.field.float(), affine=fixed.affine)
 
 
-def read_start(start: str, moving: MetaTensor, fixed: MetaTensor) -> Tensor:
-    """The start alignment as a 4×4 matrix, fixed world -> moving world, RAS mm, float64.
+def read_start(start: str, moving: MetaTensor, fixed: MetaTensor) -> list[formats.Step]:
+    """The steps of a start alignment, fixed world -> moving world, RAS mm, float64.
 
     Args:
         start: "centre" (the volumes' centres coincide, axes keep their world directions), "header" (world coordinates
             as they are), "rigid" (from the centres on, elastix registers the images rigidly, see
-            `scripts.pairwise.rigid_start`), or a linear transform file of ITK or ANTs (.tfm, .txt, .h5, .mat; fixed
-            -> moving), see `scripts.formats.read_matrix`.
+            `scripts.pairwise.rigid_start`), or a file (fixed -> moving), see `scripts.formats.read_transform`.
         moving, fixed: the images, shape (1, X, Y, Z).
 
     Raises:
-        InputError: no such file, or not linear 3-D transforms only; no elastix.
+        InputError: no such file, or none that can be read; no elastix.
     """
     matrix = torch.eye(4, dtype=torch.float64)
     if start in ("centre", "rigid"):
         for volume, sign in ((moving, 1), (fixed, -1)):
             middle = (torch.tensor(volume.shape[1:], dtype=torch.float64) - 1) / 2
             matrix[:3, 3] += sign * (volume.affine[:3, :3].double() @ middle + volume.affine[:3, 3].double())
-        return matrix if start == "centre" else rigid_start(moving, fixed, matrix)
+        return [matrix if start == "centre" else rigid_start(moving, fixed, matrix)]
     if start == "header":
-        return matrix
+        return [matrix]
     if not Path(start).is_file():
         raise checks.InputError(
-            f'{start}: not found; a start is "centre", "header", "learned", "rigid" or a linear transform file'
+            f'{start}: not found; a start is "centre", "header", "learned", "rigid" or a transform file'
         )
-    return formats.read_matrix(start)
+    return formats.read_transform(start)
 
 
 class PlanFixedGridd(MapTransform):
     """Plan the working grid: the fixed image's field of view in its own axes, reordered to RAS, isotropic.
 
     Resamples nothing. Adds `grid_affine` (4, 4), voxel -> world RAS mm, and its `grid_size`; `start` (4, 4), fixed
-    world -> moving world; `spacing` (3,) in mm.
+    world -> moving world; `spacing` (3,) in mm. A start that is no matrix is `start_displacement` (3, X, Y, Z), RAS mm
+    on the fixed image's grid: the moving volumes are pulled onto that grid by it, and `start` is the identity.
 
     Args:
         spacing: voxel size of the working grid in mm; None or "none" keeps the fixed file's. "gland" measures by the
             fixed gland that was found: the cube of its second look, whose `spacing` is in the millimetres of a gland of
-            nominal length, so that neither a small prostate nor a wrong voxel size in the headers changes anything.
+            nominal length, so that neither a small prostate nor a wrong voxel size in the headers changes anything; it
+            needs the glands that `scripts.start.FindGlandsd` adds.
         start: "learned", see `scripts.start.align_moments`, between the glands that `scripts.start.FindGlandsd` added;
             "centroids", the labelled glands' centroids coincide, an oracle that only evaluates; or see `read_start`.
         kind: of the learned start.
@@ -132,21 +133,44 @@ class PlanFixedGridd(MapTransform):
     def __init__(self, spacing: float | None | str = 0.8, start: str = "centre", kind: str = "affine") -> None:
         super().__init__(KEYS, allow_missing_keys=True)
         self.by_gland = spacing == "gland"
-        if self.by_gland and start != "learned":
-            raise checks.InputError('spacing "gland" needs start "learned"')
         self.spacing = None if spacing in (None, "none", "gland") else float(spacing)
         self.start, self.kind = start, kind
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        if self.by_gland and "fixed_gland" not in data:
+            raise checks.InputError('spacing "gland" needs the glands that the weights of a learned start find')
+        start = torch.eye(4, dtype=torch.float64)
         if self.start == "learned":
             start = align_moments(moments(data["fixed_gland"]), moments(data["moving_gland"]), self.kind)
         elif self.start == "centroids":
             start = self._between_labels(data)
         else:
-            start = read_start(self.start, data["moving_image"], data["fixed_image"])
+            steps = read_start(self.start, data["moving_image"], data["fixed_image"])
+            if any(isinstance(step, formats.Displacement) for step in steps):
+                data = self._pulled(data, steps)
+            else:
+                for step in steps:
+                    start = step @ start
         grid_affine, size, spacing = (self._around_gland if self.by_gland else self._field_of_view)(data)
         plan = {"grid_affine": grid_affine, "grid_size": size, "start": start, "spacing": spacing}
         return dict(data) | self._without_aliasing(data, plan) | plan
+
+    def _pulled(self, data: Mapping[Hashable, MetaTensor], steps: Sequence[formats.Step]) -> dict:
+        """A pair whose moving volumes went through a start that is no matrix, and that start as a displacement."""
+        affine, size = data["fixed_image"].affine.double(), data["fixed_image"].shape[1:]
+        x = fields.transform_points(affine, fields.identity_grid(size, torch.float64, "cpu")[None])
+        to, known = formats.forward(steps, x)
+        if not known.all():
+            percent = 100 * known.double().mean().item()
+            raise checks.InputError(f"{self.start}: covers {percent:.0f} % of the fixed image; a start must cover all")
+        pulled = {
+            key: MetaTensor(
+                fields.pull(data[key].as_tensor()[None], data[key].affine, to - x, affine)[0].float(), affine=affine
+            )
+            for key in ("moving_image", "moving_label", "moving_gland")
+            if key in data
+        }
+        return dict(data) | pulled | {"start_displacement": (to - x)[0]}
 
     def _without_aliasing(self, data: Mapping[Hashable, MetaTensor], plan: Mapping[str, Tensor]) -> dict:
         """The volumes of a pair, coarsened where the working grid is measured by the gland; labels stay binary."""
@@ -228,7 +252,7 @@ def to_original_grid(data: Mapping[Hashable, Tensor], ddf: Tensor) -> dict[str, 
     """A DDF of the working grid as one transform between the original images, and the moving volumes warped by it.
 
     Args:
-        data: `grid_affine`, `start` and the `original_…` volumes.
+        data: `grid_affine`, `start`, `start_displacement` if there is one, and the `original_…` volumes.
         ddf: shape (3, X, Y, Z), voxels of the working grid; zero gives the start alignment alone.
 
     Returns:
@@ -238,6 +262,9 @@ def to_original_grid(data: Mapping[Hashable, Tensor], ddf: Tensor) -> dict[str, 
     affine, size = data["original_fixed_image"].affine, data["original_fixed_image"].shape[1:]
     ddf = torch.as_tensor(ddf)[None].cpu()
     u = fields.world_displacement(ddf, data["grid_affine"].cpu(), data["start"].cpu(), affine, size)
+    if "start_displacement" in data:
+        x = fields.transform_points(affine.double(), fields.identity_grid(size, torch.float64, "cpu")[None])
+        u = fields.displaced(data["start_displacement"][None].cpu(), affine.double(), x + u) - x
     result = {"displacement": u[0]}
     for key in ("moving_image", "moving_label"):
         if f"original_{key}" in data:

@@ -76,12 +76,9 @@ def nifti_affine(path: str, header: nib.Nifti1Header) -> np.ndarray:
     if kind.kind not in "iuf":
         raise InputError(f"{path}: voxels of type {kind}; expected real numbers")
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
-    scaled = slope != 0 and not np.isnan(slope)
-    if (
-        np.isinf(slope)
-        or 0 < abs(slope) < SMALLEST
-        or not (np.isfinite(inter) if scaled else inter == 0 or np.isnan(inter))
-    ):
+    unscaled = slope == 0 or np.isnan(slope)
+    plain = (inter == 0 or np.isnan(inter)) if unscaled else SMALLEST < abs(slope) < np.inf and np.isfinite(inter)
+    if not plain:
         raise InputError(f"{path}: scl_slope {slope:g} with scl_inter {inter:g} in the header; rescale the values")
     offset = float(header["vox_offset"])
     if not header.single_vox_offset <= offset < np.inf:

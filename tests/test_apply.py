@@ -13,9 +13,9 @@ from scipy.spatial.transform import Rotation
 from synthetic import GRIDS, SIZE, affine_of, moving_affine, moving_image, moving_labels, registration, save
 
 from scripts import fields
-from scripts.apply import apply, backward, compose, forward
+from scripts.apply import apply, backward, compose
 from scripts.checks import InputError
-from scripts.formats import Displacement
+from scripts.formats import Displacement, forward
 from scripts.outputs import save_displacement
 
 LPS = np.array([-1.0, -1.0, 1.0])

@@ -328,6 +328,19 @@ def test_unknown_variants_settings_and_folds_are_refused(tmp_path):
     assert not Path(out).exists()
 
 
+def test_a_setting_that_takes_a_variant_s_own_away_is_said(tmp_path, capsys):
+    """Global-Net with the Baseline's learning rate diverges, and its row then says nothing about the network."""
+    done = tmp_path / "out" / "runs" / "global_net" / "fold0" / DONE
+    done.parent.mkdir(parents=True)
+    done.touch()
+    place = {"dataset_dir": str(layout(tmp_path / "data", 3)), "output_dir": str(tmp_path / "out"), "fold_count": 3}
+    variants, settings = ["baseline", "global_net"], {"learning_rate": 1e-3, "initial_channels": 8}
+    assert cross_validate(**place, variants=variants, only=["global_net:0"], settings=settings) == 0
+    said = capsys.readouterr().out
+    assert "global_net sets learning_rate to 1e-06 itself; --learning_rate 0.001 overrides it" in said
+    assert said.count("overrides") == 1
+
+
 def test_a_restart_with_other_patients_seed_or_settings_is_refused(tmp_path):
     data = str(layout(tmp_path / "data", 4))
     plan = {"fold_seed": 0, "settings": {"iterations": 5}, "folds": deal(data, 2, 0, None)}

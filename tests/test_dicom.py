@@ -3,7 +3,7 @@
 import numpy as np
 import SimpleITK as sitk
 
-from scripts.transforms import load_volume
+from scripts.volumes import load_volume
 
 
 def write_series(folder, image):

@@ -48,9 +48,9 @@ def test_a_rigid_start_finds_a_known_motion_on_oblique_and_flipped_grids():
     truth[:3, 3] = np.array([40, -7, 90]) + [3, -2, 2.5]
     fixed = volume(fixed_affine, (24, 32, 20))
     moving = volume(moving_affine, (26, 26, 28), np.linalg.inv(truth))
-    found = read_start("rigid", moving, fixed).numpy()
+    (found,) = (step.numpy() for step in read_start("rigid", moving, fixed))
     corners = np.array([[x, y, z, 1] for x in (-20, 20) for y in (-20, 20) for z in (-20, 20)]).T
-    centred = read_start("centre", moving, fixed).numpy()
+    (centred,) = (step.numpy() for step in read_start("centre", moving, fixed))
     apart = [np.linalg.norm(((start - truth) @ corners)[:3], axis=0).max() for start in (centred, found)]
     assert apart[0] > 4 and apart[1] < 2.5  # a voxel
 

@@ -16,7 +16,7 @@ from scripts.start import (
     cube_affine,
     frame,
     largest_component,
-    mirrored_mean,
+    mirrored_looks,
     moments,
     on_cube,
 )
@@ -151,7 +151,7 @@ def test_the_mirror_image_is_taken_along_the_axis_in_which_the_patient_is_symmet
     cube[..., 6:12, 6:12, 6:12] = 1
     straight, mirrored = (network(c).sigmoid() for c in (cube, cube.flip(side)))
     assert not torch.allclose(straight, mirrored.flip(side))
-    assert torch.allclose(mirrored_mean([network], cube), (straight + mirrored.flip(side)) / 2)
+    assert torch.allclose(mirrored_looks([network], cube).mean(0), (straight + mirrored.flip(side)) / 2)
 
 
 def test_several_networks_find_the_mean_of_their_probabilities(tmp_path):
@@ -166,9 +166,9 @@ def test_several_networks_find_the_mean_of_their_probabilities(tmp_path):
     volume = ellipsoid((32, 32, 32), turned((1, 1, 1), 0.0), (15, 16, 15), (8, 9, 7))
     both({"moving_image": volume, "fixed_image": volume})
     for network in both.networks:
-        found.append(mirrored_mean([network], cube))
+        found.append(mirrored_looks([network], cube).mean(0))
     assert not torch.allclose(*found)
-    assert torch.allclose(mirrored_mean(both.networks, cube), sum(found) / 2, atol=1e-6)
+    assert torch.allclose(mirrored_looks(both.networks, cube).mean(0), sum(found) / 2, atol=1e-6)
 
 
 def test_an_image_without_a_gland_is_refused_by_name(weights):
@@ -340,6 +340,6 @@ def test_a_fine_volume_is_averaged_onto_a_grid_measured_by_the_gland(weights):
     assert (averaged[:2] - plain[:2]).std() < 0.2  # of noise of 0.5
 
 
-def test_a_grid_measured_by_the_gland_needs_the_learned_start():
+def test_a_grid_measured_by_the_gland_needs_a_gland():
     with pytest.raises(InputError, match="learned"):
-        PlanFixedGridd("gland", "centre")
+        PlanFixedGridd("gland", "centre")(pair_of(1.6))

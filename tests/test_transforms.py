@@ -227,6 +227,39 @@ def test_a_translation_and_a_composite_of_linear_transforms_are_starts_as_well(t
             np.testing.assert_allclose((matrix @ [*point, 1])[:3], lps * [-1, -1, 1], atol=1e-6)
 
 
+def as_field(transform, fixed):
+    """An ITK transform as a displacement on a fixed image's grid."""
+    grid = to_itk(fixed[0], fixed.affine)
+    place = (grid.GetSize(), grid.GetOrigin(), grid.GetSpacing(), grid.GetDirection())
+    return sitk.DisplacementFieldTransform(sitk.TransformToDisplacementField(transform, sitk.sitkVectorFloat64, *place))
+
+
+@pytest.mark.parametrize("axes", FIXED_AXES)
+def test_a_start_is_the_same_as_a_matrix_and_as_a_displacement(axes, tmp_path):
+    data = pair(axes)
+    transform = sitk.CompositeTransform([centre_transform(data), sitk.Euler3DTransform((1, 2, 3), 0.1, -0.05, 0.08)])
+    sitk.WriteTransform(transform, str(tmp_path / "matrix.tfm"))
+    sitk.WriteTransform(as_field(transform, data["fixed_image"]), str(tmp_path / "field.h5"))
+    results = []
+    for name in ("matrix.tfm", "field.h5"):
+        found = OntoFixedGridd(0.8, str(tmp_path / name))(KeepOriginalsd()(data))
+        ddf = torch.randn(3, *found["image"].shape[1:], generator=torch.Generator().manual_seed(0))
+        results.append(ToOriginalGridd()(found | {"pred": ddf}))
+    by_matrix, by_field = (result["displacement"] for result in results)
+    inner = (..., *[slice(3, -3)] * 3)  # beyond its border a field has that border's values, a matrix has none
+    torch.testing.assert_close(by_field[inner], by_matrix[inner], rtol=0, atol=1e-6)
+    assert "start_displacement" in results[1] and torch.equal(results[1]["start"], torch.eye(4, dtype=torch.float64))
+    assert (results[0]["image"] - results[1]["image"]).abs().median() < 0.05 * results[0]["image"].std()
+
+
+def test_a_start_that_does_not_cover_the_fixed_image_is_refused(tmp_path):
+    data = pair()
+    part = MetaTensor(data["fixed_image"].as_tensor()[..., :-4], affine=data["fixed_image"].affine)
+    sitk.WriteTransform(as_field(centre_transform(data), part), str(tmp_path / "part.h5"))
+    with pytest.raises(InputError, match=r"part.h5: covers \d\d % of the fixed image; a start must cover all"):
+        OntoFixedGridd(start=str(tmp_path / "part.h5"))(data)
+
+
 # ---- the way back
 
 

@@ -1,0 +1,71 @@
+"""Five hundred registrations in one process: is memory flat, are files closed, do equal inputs give equal bits?
+
+python benchmarks/load.py [--count 500]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import hashlib
+import io
+import os
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm  # noqa: E402
+
+from scripts.__main__ import register  # noqa: E402
+from scripts.phantom import write_cohort  # noqa: E402
+
+
+def resident() -> float:
+    """MB of memory this process holds (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def handles() -> int:
+    """Files this process has open (Linux)."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def main(count: int) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        shapes = {"fixed_shape": (44, 60, 44), "fixed_spacing": 1.5, "moving_shape": (52, 52, 36)}
+        with contextlib.redirect_stderr(io.StringIO()):
+            cohort = write_cohort(
+                f"{folder}/cohort", 2, seed=7, split=(0, 0, 1), moving_spacing=(1.4, 1.4, 2.0), **shapes
+            )
+        pairs = [
+            [str(cohort / "test" / f"{side}_images" / path.name) for side in ("moving", "fixed")]
+            for path in sorted((cohort / "test" / "fixed_images").iterdir())
+        ]
+        memory, opened, hashes = [], [], [Counter() for _ in pairs]
+        for turn in tqdm(range(count), desc="register", unit="pair"):
+            with contextlib.redirect_stdout(io.StringIO()):
+                register(*pairs[turn % 2], f"{folder}/out")
+            gc.collect()
+            field = Path(folder, "out", "ddf.nii.gz").read_bytes()
+            hashes[turn % 2][hashlib.sha256(field).hexdigest()] += 1
+            memory.append(resident())
+            opened.append(handles())
+    part = max(1, count // 10)
+    first, last = median(memory[:part]), median(memory[-part:])
+    print(
+        f"memory, median of the first {part} and the last {part}: {first:.0f} and {last:.0f} MB ({last - first:+.0f})"
+    )
+    print(f"open files after the first and the last: {opened[0]} and {opened[-1]}")
+    print(f"different fields for equal inputs: {sum(len(found) - 1 for found in hashes)}")
+    return last - first < 0.02 * first and opened[-1] == opened[0] and all(len(found) == 1 for found in hashes)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=500)
+    sys.exit(0 if main(parser.parse_args().count) else 1)

@@ -1,0 +1,40 @@
+"""Several processes that write into one folder leave one result, never a mixture, and nothing of an older one stays."""
+
+import subprocess
+import sys
+
+from conftest import ROOT
+
+from scripts.outputs import written_together
+
+WRITER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from scripts.files import alone_in
+from scripts.outputs import written_together
+folder, own = Path(sys.argv[2]), sys.argv[3]
+for turn in range(60):
+    with written_together(folder) as partial:
+        for name in "abcdef":
+            (partial / name).write_text(f"{own} {turn}")
+    with alone_in(folder):
+        found = {(folder / name).read_text() for name in "abcdef"}
+    assert len(found) == 1, found
+"""
+
+
+def test_two_processes_that_write_into_one_folder_leave_one_result(tmp_path):
+    commands = [[sys.executable, "-c", WRITER, str(ROOT), str(tmp_path / "out"), own] for own in ("one", "two")]
+    writers = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    errors = [writer.communicate(timeout=120)[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], errors
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == list("abcdef")
+
+
+def test_files_of_an_earlier_result_go(tmp_path):
+    for names in ("ab", "bc"):
+        with written_together(tmp_path, stale={"a", "d"}) as partial:
+            for name in names:
+                (partial / name).touch()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c"]
