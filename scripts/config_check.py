@@ -73,8 +73,8 @@ BARRED = {
     "monai.handlers.clearml_handlers": "sends files to a server",
 }
 SCRIPTS = {  # modules of this bundle made for configs; the others run configs, start processes or replace folders
-    *("checks", "cohort", "data", "engine", "losses", "metrics", "networks", "outputs", "pairwise", "refine", "start"),
-    *("transforms", "wrapped"),
+    *("checks", "cohort", "data", "engine", "gate", "losses", "metrics", "networks", "outputs", "pairwise", "refine"),
+    *("start", "transforms", "wrapped"),
 }
 LOCATED = ("reader", "writer", "merger_cls")  # arguments whose text MONAI looks up and calls as it does `_target_`
 PATCHED = "changes what another config calls, with arguments that are not seen here"
