@@ -24,11 +24,8 @@ FOLDERS = (  # (moving_image, fixed_image, moving_label, fixed_label)
 KEYS = ("moving_image", "fixed_image", "moving_label", "fixed_label")
 TRUTH = "true_ddf"  # folder and key of the true displacement, which phantoms have
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
-RESULTS = (
-    "warped_moving_image.nii.gz",
-    "warped_moving_label.nii.gz",
-    "ddf.nii.gz",
-)  # images that a registration leaves
+# images that a registration leaves
+RESULTS = ("warped_moving_image.nii.gz", "warped_moving_label.nii.gz", "ddf.nii.gz")
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
 
 
