@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register, apply, invert, phantom, sweep, crossval, report, check-config and others.
+"""`python -m scripts VERB`: register, apply, invert, check, phantom, sweep, crossval, report, check-config and others.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -149,6 +149,35 @@ def invert(transform: str | list[str], reference: str, output: str) -> None:
     from scripts.invert import invert
 
     invert(names(transform), str(reference), str(output))
+
+
+def check(
+    dataset_dir: str,
+    label_values: list[int] | None = None,
+    labels: bool = True,
+    patient_pattern: str | None = None,
+    num_workers: int | None = None,
+) -> None:
+    """Check a whole data set before training, by the gate that training, evaluation and registration use.
+
+    Example:
+        python -m scripts check DIR
+        python -m scripts check datalist.json --label_values '[1,2,3]'
+
+    Prints what is refused and what is repaired, by case, and a summary. Exit code 1 if anything is refused.
+
+    Args:
+        dataset_dir: the data set's folder, or a datalist JSON.
+        label_values: of integer index maps, the gland first.
+        labels: False for pairs that are only to be registered.
+        patient_pattern: regular expression whose first group, in the case name, is the patient; with it, a patient in
+            two splits is refused.
+        num_workers: processes that read; the default is one per core, 8 at most.
+    """
+    from scripts.gate import check_dataset
+
+    if check_dataset(str(dataset_dir), label_values, labels, patient_pattern, num_workers):
+        sys.exit(1)
 
 
 def phantom(
@@ -388,7 +417,7 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):  # Fire calls a bare --help of a verb with required arguments an error
         arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
     try:
-        verbs = (register, apply, invert, phantom, sweep, demo, crossval, report, release, check_config)
+        verbs = (register, apply, invert, check, phantom, sweep, demo, crossval, report, release, check_config)
         fire.Fire({verb.__name__: verb for verb in verbs}, arguments, name="python -m scripts")
     except Exception as error:
         refused = refusal(error)

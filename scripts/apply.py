@@ -24,7 +24,7 @@ from scripts.data import image_files
 from scripts.formats import Displacement, Step, forward, read_transform
 from scripts.outputs import NOTICE, save_volume, written_together
 from scripts.points import read_points
-from scripts.transforms import load_volume
+from scripts.volumes import load_volume
 
 INTERPOLATIONS = ("linear", "cubic", "nearest")
 MAX_RESIDUAL = 0.1  # mm; a point whose inverse misses by more is not written

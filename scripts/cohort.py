@@ -16,11 +16,12 @@ from monai.data import MetaTensor
 from monai.networks.layers import GaussianFilter
 from scipy.spatial.transform import Rotation
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from scripts import fields
 from scripts.checks import InputError
+from scripts.gate import read
 from scripts.phantom import MODES, PhantomPair, simulate_pair
 from scripts.start import SIDE, close_up, cube_affine, frame, on_cube, standardised
 from scripts.transforms import from_grid
@@ -99,8 +100,11 @@ class Pool:
         keep: Callable[[Mapping[str, Any]], dict[str, Any]],
         num_workers: int = 0,
     ) -> None:
-        read = DataLoader(dataset, batch_size=None, num_workers=num_workers) if len(dataset) else []
-        self.pairs = [keep(pair) for pair in tqdm(read, desc="Reading", unit="pair", disable=len(dataset) < 2)]
+        self.pairs = []
+        for pair in tqdm(read(dataset, num_workers), desc="Reading", unit="pair", disable=len(dataset) < 2):
+            if isinstance(pair, InputError):
+                raise pair
+            self.pairs.append(keep(pair))
         self.simulated, self.keep, self.share = simulated, keep, share if self.pairs else 1.0
         count = range(size if simulated is not None and self.share > 0 else 0)
         self.phantoms = [keep(simulated[i]) for i in tqdm(count, desc="Simulating", unit="pair", disable=not count)]

@@ -73,7 +73,7 @@ BARRED = {
     "monai.handlers.clearml_handlers": "sends files to a server",
 }
 SCRIPTS = {  # modules of this bundle made for configs; the others run configs, start processes or replace folders
-    *("checks", "cohort", "data", "engine", "evaluation", "losses", "networks"),
+    *("checks", "cohort", "data", "engine", "evaluation", "gate", "losses", "networks"),
     *("outputs", "pairwise", "refine", "start", "transforms", "wrapped"),
 }
 LOCATED = ("reader", "writer", "merger_cls")  # arguments whose text MONAI looks up and calls as it does `_target_`

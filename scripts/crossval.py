@@ -29,6 +29,7 @@ from typing import Any
 
 from scripts.__main__ import ROOT, absolute
 from scripts.checks import InputError
+from scripts.data import check_output, datalist
 from scripts.files import written_whole
 from scripts.plan import CONFIGS, DONE, WEIGHTS, Run, commit, deal, merged, name_of, overlays_of, runs_of, write_plan
 from scripts.statistics import read_cases
@@ -152,7 +153,8 @@ def cross_validate(
         How many runs failed.
 
     Raises:
-        InputError: an unknown variant or setting, folds or settings unlike those of an earlier start, no Ray.
+        InputError: an unknown variant or setting, folds or settings unlike those of an earlier start, no Ray;
+            see `scripts.data.check_output`.
     """
     below = [] if base is None else overlays_of(base)
     overlays = {name_of(v): [*below, *overlays_of(v)] for v in variants}
@@ -181,6 +183,7 @@ def cross_validate(
         chosen = [run for name in only for run in runs if f"{run.variant}:{run.fold}" == name]
         if len(chosen) < len(only):
             raise InputError(f"--only {','.join(only)}: give VARIANT:FOLD, folds from 0 to {fold_count - 1}")
+    check_output(output_dir, datalist(dataset_dir, "train"))
     output.mkdir(parents=True, exist_ok=True)
     write_plan(output / "folds.json", plan)
     todo = [run for run in chosen if not run.done]

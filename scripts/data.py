@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,8 @@ FOLDERS = (  # (moving_image, fixed_image, moving_label, fixed_label)
 KEYS = ("moving_image", "fixed_image", "moving_label", "fixed_label")
 TRUTH = "true_ddf"  # folder and key of the true displacement, which phantoms have
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+# images that a registration leaves
+RESULTS = ("warped_moving_image.nii.gz", "warped_moving_label.nii.gz", "ddf.nii.gz")
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
 
 
@@ -179,6 +183,31 @@ def datalist(
     else:
         _refuse_shared_patients(root, splits)
     return splits.get(split, [])
+
+
+def check_output(output_dir: str, pairs: Sequence[dict[str, str]] = ()) -> None:
+    """Refuse a folder for results that cannot be written, or in which they would become or replace inputs.
+
+    Args:
+        output_dir: need not exist.
+        pairs: of the datalist.
+
+    Raises:
+        InputError: see above.
+    """
+    folder = Path(output_dir).resolve()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # asking for permissions tells root and full disks nothing
+    except OSError as error:
+        raise InputError(f"{output_dir}: cannot be written, {there}: {error.strerror}") from error
+    for pair in pairs:
+        for path in (Path(pair[key]).resolve() for key in (*KEYS, TRUTH) if key in pair):
+            named = path.parent if path.parent.name in (*sum(FOLDERS, ()), TRUTH) else path
+            if folder.is_relative_to(named):
+                raise InputError(f"{output_dir}: lies in the input {named}; choose another --output_dir")
+            if path.parent in (folder, folder / pair["case"]) and path.name in RESULTS:
+                raise InputError(f"{output_dir}: results would replace the input {path}; choose another --output_dir")
 
 
 def _refuse_shared_patients(root: Path, splits: dict[str, list[dict[str, str]]]) -> None:

@@ -16,7 +16,7 @@ from scripts.apply import backward, compose
 from scripts.checks import InputError
 from scripts.formats import Step
 from scripts.outputs import NOTICE, save_displacement, save_volume, written_together
-from scripts.transforms import load_volume
+from scripts.volumes import load_volume
 
 AT_ONCE = 2**17  # points inverted at a time
 SHARES = (50, 99, 100)  # percentiles of the residual that are said

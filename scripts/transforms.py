@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
-from monai.data import ITKReader, MetaTensor
-from monai.transforms import LoadImage, MapTransform, Orientation, Transform
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Orientation, Transform
 from torch import Tensor
 
 from scripts import checks, fields, formats
 from scripts.data import KEYS, TRUTH
 from scripts.pairwise import rigid_start
 from scripts.start import CLOSE, NOMINAL, SIDE, align_moments, close_up, coarsened, cube_affine, frame, moments
+from scripts.volumes import load_volume
 
 IMAGES, LABELS = KEYS[:2], KEYS[2:]
 GLANDS = ("moving_gland", "fixed_gland")
@@ -49,11 +49,13 @@ class LoadPaird(Transform):
             if len(d[key]) != 1:
                 raise checks.InputError(f"{data[key]}: expected one image, found {len(d[key])} channels")
             checks.check_image(data[key], d[key].numpy())
+            checks.say_axes(data[key], d[key].affine.numpy())
         for key, image in zip(LABELS, IMAGES, strict=True):
             if key in d:
                 d[key] = self._load_label(data[key], data[image], d[image])
         if all(key in d for key in LABELS):
             checks.check_label_counts(data[LABELS[0]], len(d[LABELS[0]]), data[LABELS[1]], len(d[LABELS[1]]))
+            checks.check_drawable(data[LABELS[0]], d[LABELS[0]].numpy(), data[LABELS[1]], d[LABELS[1]].numpy())
         if TRUTH in d:
             d[TRUTH] = self._load_displacement(data[TRUTH], d["fixed_image"])
         return d | {"moving_file": data["moving_image"], "fixed_file": data["fixed_image"]}
@@ -82,31 +84,6 @@ class LoadPaird(Transform):
         if found != wanted:
             raise checks.InputError(f"{path}: {found} is no displacement on the fixed grid {wanted}")
         return MetaTensor(step.field.float(), affine=fixed.affine)
-
-
-def load_volume(path: str) -> MetaTensor:
-    """A NIfTI, MetaImage or NRRD file or a folder with one DICOM series: (C, X, Y, Z), float32, affine in RAS mm.
-
-    Raises:
-        InputError: it is not there, cannot be read, or its grid is no volume.
-    """
-    if not Path(path).exists():
-        raise checks.InputError(f"{path}: file not found")
-    try:
-        if path.lower().endswith((".nii", ".nii.gz")):
-            # MONAI's NibabelReader drops the origin of a 4-D NIfTI, nibabel does not
-            nifti = nib.load(path)
-            array, affine = np.asarray(nifti.dataobj, dtype=np.float32), nifti.affine
-            array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
-        else:
-            image = LoadImage(reader=ITKReader, image_only=True, ensure_channel_first=True)(path)
-            array, affine = image.numpy().astype(np.float32), image.affine.numpy()
-    except Exception as error:  # whatever a reader raises on a damaged file is one thing to the user
-        reason = str(error.__cause__ or error).strip().splitlines()
-        why = reason[-1] if reason else repr(error)
-        raise checks.InputError(f"{path}: cannot be read as an image: {why}") from error
-    checks.check_geometry(path, array.shape[1:], affine)
-    return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine).double())
 
 
 def read_start(start: str, moving: MetaTensor, fixed: MetaTensor) -> list[formats.Step]:

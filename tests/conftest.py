@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import content, write
 
+from scripts.data import KEYS
 from scripts.phantom import write_cohort
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +41,13 @@ def same_locale():
     """Reading or writing DICOM can leave a process in the C locale, and the tests after it with it."""
     yield
     locale.setlocale(locale.LC_ALL, LOCALE)
+
+
+@pytest.fixture
+def files(tmp_path) -> dict[str, str]:
+    """A good pair on disk: 3 labels, moving and fixed on one grid."""
+    image, label = content()
+    return {key: write(tmp_path / f"{key}.nii.gz", image if key.endswith("image") else label) for key in KEYS}
 
 
 @pytest.fixture(scope="session")

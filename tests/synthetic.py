@@ -1,10 +1,13 @@
-"""Registrations made directly: a smooth field and a start alignment between worlds far apart, on any grid."""
+"""Registrations made directly, between worlds far apart and on any grid, and a tiny pair as files."""
 
+import gzip
+from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 import pydicom
+import SimpleITK as sitk
 import torch
 from pydicom.dataset import Dataset, FileMetaDataset
 from scipy.spatial.transform import Rotation
@@ -147,3 +150,47 @@ def write_dicom_pair(folder):
         name = {"MR": "mr", "US": "trus"}[modality]
         write_series(folder / name, getattr(pair, f"{kind}_image").numpy(), affine, modality)
     return folder
+
+
+PAIR_SIZE = (7, 6, 5)
+PAIR_AFFINE = affine_of(OBLIQUE, (1.5, 1.2, 2.0), PAIR_SIZE, (10, -20, 30))
+
+
+def content(labels=3, seed=0):
+    """Image and labels (…, label) of one side of a tiny pair."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=PAIR_SIZE).astype(np.float32), (rng.random((*PAIR_SIZE, labels)) > 0.5).astype(np.uint8)
+
+
+def to_itk(array, affine):
+    """A volume (X, Y, Z) of RAS affine as SimpleITK's."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(np.asarray(array).transpose(2, 1, 0)))
+    lps = np.diag([-1.0, -1, 1, 1]) @ np.asarray(affine)
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
+    return image
+
+
+def write(path, array, affine=PAIR_AFFINE):
+    """NIfTI by nibabel; else by SimpleITK, a fourth axis last as a fourth dimension."""
+    if path.name.endswith((".nii", ".nii.gz")):
+        save(path, array, affine)
+    elif array.ndim == 3:
+        sitk.WriteImage(to_itk(array, affine), str(path))
+    else:
+        sitk.WriteImage(sitk.JoinSeries([to_itk(a, affine) for a in np.moveaxis(array, -1, 0)]), str(path))
+    return str(path)
+
+
+def edit_header(path, **fields):
+    """Write fields into the 348 bytes of a NIfTI-1 header, past every check: a value, or a dictionary of elements."""
+    path = Path(path)
+    zipped = path.suffix == ".gz"
+    data = bytearray(gzip.decompress(path.read_bytes()) if zipped else path.read_bytes())
+    header = np.ndarray((), nib.nifti1.header_dtype, buffer=data)
+    for name, value in fields.items():
+        for index, element in value.items() if isinstance(value, dict) else [(..., value)]:
+            header[name][index] = element
+    path.write_bytes(gzip.compress(data) if zipped else data)

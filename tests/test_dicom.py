@@ -14,7 +14,7 @@ from synthetic import GRIDS, OBLIQUE, affine_of, save, write_dicom_pair, write_s
 
 from scripts.dicom_registration import save_warped_series
 from scripts.outputs import written_together
-from scripts.transforms import load_volume
+from scripts.volumes import load_volume
 
 
 @pytest.mark.parametrize("modality", ["MR", "US"])

@@ -1,13 +1,12 @@
 """From files to the network's input and back: the grid is ITK's, bad input refused by name."""
 
-from pathlib import Path
-
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 from monai.data import MetaTensor
+from synthetic import PAIR_AFFINE, PAIR_SIZE, content, to_itk, write
 
 from scripts.checks import InputError
 from scripts.cohort import as_loaded
@@ -40,17 +39,6 @@ FIXED_AXES = {
     "permuted": TILT @ np.eye(3)[:, [2, 0, 1]],
     "flipped and permuted": TILT @ (np.eye(3)[:, [1, 2, 0]] * (1, -1, -1)),
 }
-
-
-def to_itk(array, affine):
-    """A volume (X, Y, Z) of RAS affine as SimpleITK's."""
-    image = sitk.GetImageFromArray(np.ascontiguousarray(np.asarray(array).transpose(2, 1, 0)))
-    lps = LPS @ np.asarray(affine)
-    spacing = np.linalg.norm(lps[:3, :3], axis=0)
-    image.SetSpacing(spacing.tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    image.SetDirection((lps[:3, :3] / spacing).ravel().tolist())
-    return image
 
 
 def resample(array, affine, grid_size, grid_affine, transform=None):
@@ -326,33 +314,6 @@ def test_the_true_displacement_of_a_phantom_lays_its_labels_on_each_other():
 # ---- the files
 
 
-AFFINE = affine_of(TILT, (1.5, 1.2, 2.0), (10, -20, 30))
-SIZE = (7, 6, 5)
-
-
-def content(labels=3, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=SIZE).astype(np.float32), (rng.random((*SIZE, labels)) > 0.5).astype(np.uint8)
-
-
-def write(path, array, affine=AFFINE):
-    """NIfTI by nibabel; else by SimpleITK, a fourth axis last as a fourth dimension."""
-    if path.name.endswith((".nii", ".nii.gz")):
-        nib.save(nib.Nifti1Image(array, affine), path)
-    elif array.ndim == 3:
-        sitk.WriteImage(to_itk(array, affine), str(path))
-    else:
-        sitk.WriteImage(sitk.JoinSeries([to_itk(a, affine) for a in np.moveaxis(array, -1, 0)]), str(path))
-    return str(path)
-
-
-@pytest.fixture
-def files(tmp_path):
-    """A good pair on disk: 3 labels, moving and fixed on one grid."""
-    image, label = content()
-    return {key: write(tmp_path / f"{key}.nii.gz", image if key.endswith("image") else label) for key in KEYS}
-
-
 def test_a_pair_is_loaded_channel_first_with_the_affine_of_each_file(files):
     image, label = content()
     loaded = LoadPaird()(files | {"case": "a"})
@@ -361,7 +322,7 @@ def test_a_pair_is_loaded_channel_first_with_the_affine_of_each_file(files):
         expected = image[None] if key.endswith("image") else np.moveaxis(label, -1, 0)
         assert loaded[key].dtype == torch.float32
         np.testing.assert_array_equal(loaded[key].numpy(), expected)
-        np.testing.assert_allclose(loaded[key].affine.numpy(), AFFINE, atol=1e-5)
+        np.testing.assert_allclose(loaded[key].affine.numpy(), PAIR_AFFINE, atol=1e-5)
 
 
 def test_a_4d_nifti_label_keeps_its_origin(tmp_path, files):
@@ -390,13 +351,13 @@ def test_metaimage_and_nrrd_are_read_as_nifti_is(tmp_path, suffix, label_axes):
 
 
 def test_a_folder_with_a_dicom_series_is_a_volume(tmp_path, files):
-    values = np.random.default_rng(0).integers(0, 1000, SIZE).astype(np.int16)
-    volume = to_itk(values, AFFINE)
+    values = np.random.default_rng(0).integers(0, 1000, PAIR_SIZE).astype(np.int16)
+    volume = to_itk(values, PAIR_AFFINE)
     direction = np.array(volume.GetDirection()).reshape(3, 3)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     (tmp_path / "series").mkdir()
-    for i in range(SIZE[2]):
+    for i in range(PAIR_SIZE[2]):
         slice_ = volume[:, :, i]
         tags = {
             "0008|0060": "MR",
@@ -412,14 +373,14 @@ def test_a_folder_with_a_dicom_series_is_a_volume(tmp_path, files):
         writer.Execute(slice_)
     loaded = LoadPaird()({"moving_image": str(tmp_path / "series"), "fixed_image": files["fixed_image"]})
     np.testing.assert_array_equal(loaded["moving_image"][0].numpy(), values)
-    np.testing.assert_allclose(loaded["moving_image"].affine.numpy(), AFFINE, atol=1e-3)
+    np.testing.assert_allclose(loaded["moving_image"].affine.numpy(), PAIR_AFFINE, atol=1e-3)
 
 
 def test_a_3d_label_is_one_channel(tmp_path, files):
     for key in ("moving_label", "fixed_label"):
         write(tmp_path / f"{key}.nii.gz", content()[1][..., 0])
     loaded = LoadPaird()(files)
-    assert loaded["moving_label"].shape == (1, *SIZE)
+    assert loaded["moving_label"].shape == (1, *PAIR_SIZE)
     np.testing.assert_array_equal(loaded["moving_label"][0].numpy(), content()[1][..., 0])
 
 
@@ -430,151 +391,11 @@ def test_a_pair_without_labels_is_loaded_alone(files):
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd"])
 def test_an_index_map_becomes_one_channel_per_value_in_the_order_they_are_declared(tmp_path, files, suffix):
-    index = np.random.default_rng(0).choice([0, 1, 2, 4], SIZE).astype(np.uint8)
+    index = np.random.default_rng(0).choice([0, 1, 2, 4], PAIR_SIZE).astype(np.uint8)
     for key in ("moving_label", "fixed_label"):
         files[key] = write(tmp_path / f"{key}_index{suffix}", index)
     loaded = LoadPaird(label_values=[4, 1, 2, 3])(files)
     for key in ("moving_label", "fixed_label"):
         expected = np.stack([index == v for v in (4, 1, 2, 3)])
         np.testing.assert_array_equal(loaded[key].numpy(), expected)
-        np.testing.assert_allclose(loaded[key].affine.numpy(), AFFINE, atol=1e-5)
-
-
-def refused(files, key, message, **options):
-    """Loading raises one line that starts with the file of `key` and holds `message`."""
-    with pytest.raises(InputError) as error:
-        LoadPaird(**options)(files)
-    text = str(error.value)
-    assert text.startswith(f"{files[key]}: "), text
-    assert message in text, text
-    assert "\n" not in text
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_missing_file_is_refused(files, key):
-    Path(files[key]).unlink()
-    refused(files, key, "file not found")
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("key", KEYS[:2])
-def test_an_image_with_nan_or_infinite_voxels_is_refused_with_their_number(files, key, bad):
-    image = content()[0]
-    image[0, 0, :3] = bad
-    write(Path(files[key]), image)
-    refused(files, key, "3 voxels are NaN or infinite")
-
-
-@pytest.mark.parametrize("key", KEYS[:2])
-def test_a_constant_image_is_refused(files, key):
-    write(Path(files[key]), np.full(SIZE, 7, np.float32))
-    refused(files, key, "every voxel is 7; a constant image cannot be registered")
-
-
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("keep", [0, 10, 0.5])
-def test_a_truncated_gz_is_refused(files, key, keep):
-    path = Path(files[key])
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
-    refused(files, key, "cannot be read as an image")
-
-
-@pytest.mark.parametrize("key", KEYS)
-@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".mha", ".nrrd"])
-def test_a_file_that_is_no_image_is_refused(files, tmp_path, key, suffix):
-    files[key] = str(tmp_path / f"text{suffix}")
-    Path(files[key]).write_text("not an image")
-    refused(files, key, "cannot be read as an image")
-
-
-def test_a_folder_without_a_series_is_refused(files, tmp_path):
-    files["moving_image"] = str(tmp_path / "empty")
-    Path(files["moving_image"]).mkdir()
-    refused(files, "moving_image", "cannot be read as an image")
-
-
-@pytest.mark.parametrize("suffix", [".nii.gz", ".mha"])
-def test_a_single_slice_is_refused(files, tmp_path, suffix):
-    files["fixed_image"] = write(tmp_path / f"slice{suffix}", content()[0][:, :, :1])
-    refused(files, "fixed_image", "a single slice, size (7, 6, 1)")
-
-
-def test_a_flat_image_or_one_of_more_than_four_axes_is_refused(files):
-    nib.save(nib.Nifti1Image(content()[0][:, :, 0], AFFINE), files["fixed_image"])
-    refused(files, "fixed_image", "expected a 3-D volume, found 2 axes")
-    nib.save(nib.Nifti1Image(np.ones((3, 3, 3, 1, 3), np.float32), AFFINE), files["fixed_image"])
-    refused(files, "fixed_image", "expected a 3-D volume")
-
-
-def test_a_4d_image_of_several_volumes_is_refused(files):
-    write(Path(files["moving_image"]), np.random.default_rng(0).random((*SIZE, 2), np.float32))
-    refused(files, "moving_image", "expected one image, found 2 channels")
-
-
-@pytest.mark.parametrize(("axis", "message"), [(0, "voxel size"), (None, "singular")])
-def test_a_header_without_a_usable_grid_is_refused(files, axis, message):
-    affine = AFFINE.copy()
-    affine[:3, 0] = 0 if axis == 0 else affine[:3, 1]
-    image = nib.Nifti1Image(content()[0], None)
-    image.header.set_sform(affine, 1)
-    image.header.set_qform(None, 0)
-    nib.save(nib.Nifti1Image(image.dataobj, None, image.header), files["fixed_image"])
-    refused(files, "fixed_image", message)
-
-
-@pytest.mark.parametrize("key", KEYS[2:])
-def test_a_label_of_another_size_than_its_image_is_refused(files, key):
-    write(Path(files[key]), content()[1][:-1])
-    refused(files, key, f"size (6, 6, 5) differs from its image {files[key.replace('label', 'image')]}: (7, 6, 5)")
-
-
-@pytest.mark.parametrize("key", KEYS[2:])
-def test_a_label_that_lies_elsewhere_than_its_image_is_refused_and_rounding_is_not(files, key):
-    shifted = AFFINE.copy()
-    shifted[0, 3] += 0.05
-    write(Path(files[key]), content()[1], shifted)
-    LoadPaird()(files)
-    shifted[0, 3] += 2
-    write(Path(files[key]), content()[1], shifted)
-    refused(files, key, f"lies up to 2.05 mm away from its image {files[key.replace('label', 'image')]}")
-    flipped = AFFINE @ np.diag([-1, 1, 1, 1])
-    write(Path(files[key]), content()[1], flipped)
-    refused(files, key, "headers differ")
-
-
-def test_different_numbers_of_labels_are_refused(files):
-    write(Path(files["fixed_label"]), content(labels=2)[1])
-    refused(files, "moving_label", f"3 labels, but {files['fixed_label']} has 2")
-
-
-@pytest.mark.parametrize("values", [[0, 2], [0, 255], [0, 1, 2, 3], [0, 0.5, 1], [-1, 1], [0, np.nan]])
-@pytest.mark.parametrize("key", KEYS[2:])
-def test_a_label_with_other_values_than_0_and_1_is_refused(files, key, values):
-    label = np.resize(np.array(values, np.float32), SIZE)
-    write(Path(files[key]), label)
-    refused(files, key, f"label values {values[0]:g}")
-    refused(files, key, "--label_values")
-
-
-@pytest.mark.parametrize("key", KEYS[2:])
-def test_an_empty_label_set_is_refused_and_an_empty_channel_is_not(files, key):
-    label = content()[1]
-    label[..., 1] = 0
-    write(Path(files[key]), label)
-    LoadPaird()(files)
-    write(Path(files[key]), 0 * label)
-    refused(files, key, "the label set is empty")
-
-
-def test_an_undeclared_value_or_several_channels_are_no_index_map(files):
-    refused(files, "moving_label", "3 channels in an index map of values [1, 2]", label_values=[1, 2])
-    index = np.resize(np.array([0, 1, 5], np.uint8), SIZE)
-    for key in ("moving_label", "fixed_label"):
-        write(Path(files[key]), index)
-    refused(files, "moving_label", "value 5 in an index map of values [1, 2]", label_values=[1, 2])
-
-
-def test_a_volume_beyond_the_cap_is_refused_before_it_is_read(files, monkeypatch):
-    monkeypatch.setattr("scripts.checks.MAX_VOXELS", 100)
-    refused(files, "moving_image", "size (7, 6, 5) is beyond the cap of 100 voxels")
+        np.testing.assert_allclose(loaded[key].affine.numpy(), PAIR_AFFINE, atol=1e-5)
