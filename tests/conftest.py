@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.phantom import write_cohort
 
@@ -32,6 +33,16 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300
     )
+
+
+def logged(folder: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows of a training: tag -> step -> value."""
+    found: dict[str, dict[int, float]] = {}
+    for path in folder.glob("events.out.tfevents*"):
+        events = EventAccumulator(str(path)).Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
+    return found
 
 
 @pytest.fixture(autouse=True)

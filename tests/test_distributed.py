@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, flags, run
+from conftest import QUICK, ROOT, flags, logged, run
 from monai.bundle import ConfigWorkflow
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import distributed, nn
 
 from scripts.distributed import JointBatchNorm3d, with_joint_norms
@@ -15,16 +14,6 @@ CONFIGS = [str(ROOT / "configs" / name) for name in ("train.json", "multi_gpu_tr
 RATE = 1e-3
 SETTINGS = {k: v for k, v in QUICK.items() if k != "start"}  # which torchrun takes for an option of its own
 SETTINGS |= {"learning_rate": RATE}
-
-
-def losses(folder):
-    """Of each step, as TensorBoard shows them."""
-    found = {}
-    for path in folder.glob("events.out.tfevents*"):
-        events = EventAccumulator(str(path)).Reload()
-        if "train_loss" in events.Tags()["scalars"]:
-            found |= {event.step: event.value for event in events.Scalars("train_loss")}
-    return found
 
 
 def test_two_processes_train_as_one_does_and_resume(cohort, tmp_path):
@@ -40,8 +29,8 @@ def test_two_processes_train_as_one_does_and_resume(cohort, tmp_path):
         values = flags({"config_file": CONFIGS, "output_dir": two} | settings | more)
         result = run(*command, *values, cwd=tmp_path)
         assert result.returncode == 0, result.stderr[-4000:]
-    expected = losses(one)
-    assert set(expected) == {1, 2, 3, 4} and losses(two) == pytest.approx(expected, rel=1e-5)
+    expected, shown = (logged(folder)["train_loss"] for folder in (one, two))
+    assert set(expected) == {1, 2, 3, 4} and shown == pytest.approx(expected, rel=1e-5)
     weights, found = (torch.load(folder / "model.pt", weights_only=True) for folder in (one, two))
     assert weights.keys() == found.keys()
     for name, value in weights.items():

@@ -25,7 +25,12 @@ from torch.distributed.run import get_args_parser
 from scripts import __main__ as cli
 from scripts.plan import merged, overlays_of
 
-PAGES = [ROOT / "README.md", ROOT / "docs" / "transforms.md", *sorted((ROOT / "docs" / "guides").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "README.md",
+    ROOT / "docs" / "transforms.md",
+    *sorted((ROOT / "docs" / "guides").glob("*.md")),
+]
 ELSEWHERE = {  # how a command begins -> why it is not run here
     "make": "the Makefile: it sets up an environment of its own",
     ".": "likewise",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -17,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, flags, run
 
 from scripts.checks import InputError
@@ -122,6 +124,23 @@ def test_it_passes_the_checks_of_the_model_zoo(extracted, cohort, tmp_path):
         image = torch.rand(1, 4, *size)
         with torch.no_grad():
             torch.testing.assert_close(scripted(image), network(image), rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_card_has_the_sections_of_the_zoo_in_its_order_and_the_citation_its_version(extracted):
+    card = (extracted / "docs" / "README.md").read_text()
+    wanted = [
+        "Model overview",
+        "Data",
+        "Training configuration",
+        "Performance",
+        "Commands example",
+        "References",
+        "License",
+    ]
+    assert [title for title in re.findall("^## (.+)$", card, re.M) if title in wanted] == wanted
+    citation = yaml.safe_load((extracted / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == json.loads((extracted / "metadata.json").read_text())["version"]
 
 
 @pytest.mark.parametrize("key", ["version", "network_data_format", "required_packages_version"])
