@@ -45,6 +45,8 @@ ELSEWHERE = {  # how a command begins -> why it is not run here
     "python -m monai.bundle trt_export": "wants a GPU and TensorRT",
     "python -m monai.bundle download": "tests/test_release.py",
     "python -m monai.bundle run --config_file bundles/": "tests/test_release.py",
+    "python -m monai.bundle run --config_file configs/inference.json": "the last block of the pipeline guide does",
+    "python -m monai.bundle run --config_file ['configs/train.json','configs/variant_": "tests/test_bundle.py",
 }
 SHRUNK = {  # a config or an overlay -> what is appended to a command that names it
     "train.json": {k: v for k, v in QUICK.items() if k != "start"},

@@ -180,9 +180,9 @@ def test_downloaded_by_monai_it_registers_as_this_bundle_does(archive, cohort, t
     code = f"""
 import sys, torch
 from monai.bundle import load
-network = load({NAME!r}, bundle_dir={str(tmp_path / "bundles")!r})
+network = load({NAME!r}, bundle_dir={str(tmp_path / "bundles")!r}, workflow_type="inference")
 weights = torch.load({str(downloaded / "models" / "model.pt")!r}, weights_only=True)
-assert all(torch.equal(v, weights[k]) for k, v in network.state_dict().items())
+assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
 print(type(network).__name__, sys.modules["scripts"].__path__[0])
 """
     loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
