@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 PAIRS ?= $(wildcard ../shared/data/label_reg_sample)
 
-.PHONY: demo train test bench experiments release lint clean
+.PHONY: demo train test bench experiments release lint audit clean
 
 demo: .venv/installed  ## phantoms, and a pair of PAIRS, registered with the weights in models/; pictures in demo/
 	$(BIN)/python -m scripts demo --output_dir demo $(if $(PAIRS),--pairs $(PAIRS))
@@ -37,7 +37,12 @@ release: .venv/installed  ## dist/prostate_mr_trus_registration_vVERSION.zip, as
 	$(BIN)/python -m scripts release --output_dir dist
 
 lint: .venv/installed-test
-	$(BIN)/ruff check scripts tests benchmarks && $(BIN)/ruff format --check scripts tests benchmarks
+	$(BIN)/ruff check scripts tests benchmarks integrations && $(BIN)/ruff format --check scripts tests benchmarks integrations
+
+audit: .venv/installed-test .venv-audit/installed  ## known vulnerabilities of every installed and pinned package; fails if one cannot be asked for
+	$(BIN)/python -m pip freeze | sed 's/+.*//' > .venv-audit/installed.txt
+	for file in .venv-audit/installed.txt requirements-bench.txt requirements-audit.txt; do \
+		.venv-audit/bin/pip-audit --strict --disable-pip --no-deps -r $$file || failed=1; done; test -z "$$failed"
 
 .venv/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12")'
@@ -52,6 +57,11 @@ lint: .venv/installed-test
 .venv-bench/installed: requirements-bench.txt
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --disable-pip-version-check -q -r requirements-bench.txt
+	touch $@
+
+.venv-audit/installed: requirements-audit.txt
+	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --disable-pip-version-check -q -r requirements-audit.txt
 	touch $@
 
 clean:

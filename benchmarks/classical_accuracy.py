@@ -26,7 +26,8 @@ from benchmarks.measure import table  # noqa: E402
 from benchmarks.summary import summarise  # noqa: E402
 from scripts.checks import InputError  # noqa: E402
 from scripts.data import datalist  # noqa: E402
-from scripts.metrics import score_case, warped_away, write_csv  # noqa: E402
+from scripts.files import write_csv  # noqa: E402
+from scripts.metrics import score_case, warped_away  # noqa: E402
 from scripts.transforms import LoadPaird, OntoFixedGridd  # noqa: E402
 
 TOOLS = {

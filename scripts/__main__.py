@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register, apply or invert, simulate, reconstruct a sweep, demo, cross-validate, report.
+"""`python -m scripts VERB`: register, apply, invert, phantom, sweep, crossval, report, check-config and others.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -43,7 +43,8 @@ def register(
     warped_moving_label.nii.gz. ddf.nii.gz maps the original fixed world to the original moving world, in LPS mm, as ITK
     and ANTs read it: applied to the original moving image it gives the warped one. For other tools, --formats names
     any of: itk and slicer (ddf.h5), ants (ddf.nii.gz itself), niftyreg (niftyreg.nii.gz), elastix (transformix.txt),
-    dicom (registration.dcm, if both images are DICOM series; needs requirements-dicom.txt).
+    dicom (registration.dcm and the series warped_moving_image/, if both images are DICOM series; needs
+    requirements-dicom.txt).
 
     Args:
         moving: the MR, a NIfTI, MetaImage or NRRD file, or a folder with one DICOM series.
@@ -334,6 +335,28 @@ def report(output_dir: str, variant: str | None = None, dataset_dir: str | None 
     print(write(str(output_dir), None if variant is None else str(variant), dataset_dir and str(dataset_dir)))
 
 
+def check_config(path: str) -> None:
+    """List what a config, or a bundle's folder, would execute, without executing any of it; exit code 1 on findings.
+
+    Example:
+        python -m scripts check-config downloaded/some_bundle
+
+    Lists each expression ($), each thing called (_target_) and what logging.conf evaluates; of a folder also code,
+    pickles, links and hidden folders, unless they equal this bundle's own. A finding is what is not on the lists of
+    scripts/config_check.py, and is to be read before the bundle is run. What is on them computes; which files a config
+    reads and writes is not judged.
+
+    Args:
+        path: a .json, .yaml or logging .conf file, or a bundle's folder.
+    """
+    from scripts.config_check import judge, table
+
+    entries = judge(str(path))
+    print(table(entries))
+    if any(entry.finding for entry in entries):
+        sys.exit(1)
+
+
 def run_config(name: str, *overlays: str | Path | None, **settings) -> None:
     """Run a config of this bundle in this process, as `python -m monai.bundle run` does; an overlay may be None."""
     import logging
@@ -344,6 +367,8 @@ def run_config(name: str, *overlays: str | Path | None, **settings) -> None:
     gc.freeze()
     gc.enable()
 
+    if "datalist" in settings:  # in a list MONAI evaluates a file's name that starts with $; it leaves tuples alone
+        settings["datalist"] = tuple(settings["datalist"])
     for noisy in ("monai", "ignite", "py.warnings"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     files = [str(ROOT / "configs" / name)] + [str(Path(overlay).resolve()) for overlay in overlays if overlay]
@@ -363,7 +388,7 @@ def main() -> None:
     if {"-h", "--help"} & set(arguments):  # Fire calls a bare --help of a verb with required arguments an error
         arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
     try:
-        verbs = (register, apply, invert, phantom, sweep, demo, crossval, report, release)
+        verbs = (register, apply, invert, phantom, sweep, demo, crossval, report, release, check_config)
         fire.Fire({verb.__name__: verb for verb in verbs}, arguments, name="python -m scripts")
     except Exception as error:
         refused = refusal(error)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 
 import numpy as np
 
+SUMS = "SHA256SUMS"  # beside files whose hashes are known, as `sha256sum` writes and reads it
 MAX_VOXELS = 512**3  # a larger volume is refused rather than run out of memory half-way
 
 
@@ -135,8 +137,47 @@ def check_label_counts(moving_path: str | Path, moving: int, fixed_path: str | P
         )
 
 
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_hashes(folder: str | Path) -> dict[str, str]:
+    """File name -> SHA-256 of what SHA256SUMS in a folder names; nothing without one."""
+    sums = Path(folder) / SUMS
+    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
+    return {name.strip().lstrip("*"): digest for digest, _, name in (line.partition(" ") for line in lines)}
+
+
+def check_hash(path: str | Path) -> None:
+    """Refuse a file that is not the one SHA256SUMS beside it names; a file it does not name passes.
+
+    Raises:
+        InputError: another SHA-256.
+    """
+    expected = known_hashes(Path(path).parent).get(Path(path).name)
+    if expected and expected != (found := sha256(path)):
+        raise InputError(
+            f"{path}: SHA-256 is {found}, but {SUMS} beside it says {expected}; not opened: damaged or replaced"
+        )
+
+
+def check_case_name(case: str) -> str:
+    """Refuse the name of a case that is not the name of one folder; returns it.
+
+    Raises:
+        InputError: a path, "..", or a hidden name.
+    """
+    if not case or Path(case).name != case or "\\" in case or case.startswith("."):
+        raise InputError(f"case {case!r}: results go to a folder of that name, so it must be a name, not a path")
+    return case
+
+
 def check_weights(path: str, network) -> str:
-    """Refuse weights that are missing, are not plain tensors, or do not fit `network`; returns `path`.
+    """Refuse weights that are missing, not those of a known hash, not plain tensors or unfit for `network`.
+
+    The hash is compared before the file is opened as weights, see `check_hash`. Returns `path`.
 
     Raises:
         InputError: see above.
@@ -147,6 +188,7 @@ def check_weights(path: str, network) -> str:
         raise InputError(
             f"{path}: no weights there; train first (configs/train.json writes them), or pass --ckpt_path FILE"
         )
+    check_hash(path)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         shapes = {k: tuple(v.shape) for k, v in found.items()}

@@ -10,6 +10,7 @@ from statistics import median
 
 from scripts.__main__ import ROOT, register, run_config
 from scripts.checks import InputError
+from scripts.evaluation import WORDS
 
 MARKER = ".demonstration"  # only a folder that holds it is ever replaced
 COLUMNS = ("case", "gland DSC", "TRE in mm", "true error in mm", "folded voxels in %", "seconds")
@@ -87,9 +88,7 @@ def show(folder: Path, overlay: Path | None, dataset_dir: str, **settings) -> No
 def read_cases(folder: Path) -> list[dict]:
     """The cases.csv of an evaluation, numbers as numbers."""
     with (folder / "cases.csv").open(encoding="utf-8") as file:
-        return [
-            {k: v if k in ("case", "patient") else float(v) for k, v in row.items()} for row in csv.DictReader(file)
-        ]
+        return [{k: v if k in WORDS else float(v) for k, v in row.items()} for row in csv.DictReader(file)]
 
 
 def format_table(rows: list[dict]) -> str:

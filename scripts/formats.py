@@ -29,6 +29,7 @@ FILES = {  # what each tool reads in the folder of a registration; ddf.nii.gz is
     "elastix": "transformix.txt",
     "dicom": "registration.dcm",
 }
+WARPED_SERIES = "warped_moving_image"  # the folder that "dicom" leaves as well
 FLIP = torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64)  # LPS <-> RAS
 NIFTYREG, NIFTYREG_DISPLACEMENT = "NREG_TRANS", 1  # intent_name and intent_p1 of NiftyReg's NREG_TRANS_TYPE DISP_FIELD
 
@@ -181,7 +182,8 @@ def save_formats(
 
     Args:
         folder: where to write.
-        item: `displacement`, (3, X, Y, Z), RAS mm, fixed -> moving; `moving_file` and `fixed_file`.
+        item: `displacement`, (3, X, Y, Z), RAS mm, fixed -> moving; for DICOM `warped_moving_image` (1, X, Y, Z),
+            `moving_file` and `fixed_file`.
         affine: voxel -> RAS mm of its grid, shape (4, 4).
         final: the folder that the files will be moved to.
     """
@@ -198,9 +200,11 @@ def save_formats(
 
 
 def _save_dicom(path: Path, displacement: np.ndarray, affine: np.ndarray, item: Mapping[str, Any]) -> None:
-    from scripts.dicom_registration import save_dicom
+    from scripts.dicom_registration import save_dicom, save_warped_series
 
-    save_dicom(path, displacement, affine, item["moving_file"], item["fixed_file"])
+    series, warped = (item["moving_file"], item["fixed_file"]), item["warped_moving_image"]
+    save_dicom(path, displacement, affine, *series)
+    save_warped_series(path.parent / WARPED_SERIES, warped[0].cpu().numpy(), affine, *series)
 
 
 def itk_grid(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

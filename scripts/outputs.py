@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 
 from scripts import figures, formats, qa
-from scripts.checks import InputError
+from scripts.checks import InputError, check_case_name, sha256
 from scripts.files import alone_in
 from scripts.transforms import to_original_grid
 
@@ -33,7 +32,7 @@ NOTICE = "Research use only. Not for clinical decisions."
 
 @contextmanager
 def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
-    """A folder to write files in that move to `folder`, in the order they were written, when the block ends well.
+    """A folder to write in, whose content moves to `folder`, in the order it was written, when the block ends well.
 
     Of several processes that write into one folder, the last one's files are there, and none of the others'.
 
@@ -52,12 +51,26 @@ def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
         yield partial
         written = sorted(partial.iterdir(), key=lambda path: path.stat().st_mtime_ns)
         with alone_in(folder):
+            for name in {*stale, *(path.name for path in written)}:
+                _remove_slices(folder / name)
             for path in written:
                 path.replace(folder / path.name)
             for name in set(stale) - {path.name for path in written}:
                 (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_slices(folder: Path) -> None:
+    """Remove the folder of a DICOM series that an earlier result left; one that holds other files stays: refused."""
+    if not folder.is_dir():
+        return
+    held = list(folder.iterdir())
+    if any(path.suffix != ".dcm" for path in held):
+        raise InputError(f"{folder}: holds other files than an earlier result's; move it away")
+    for path in held:
+        path.unlink()
+    folder.rmdir()
 
 
 def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, dtype: type, intent: str = "none") -> None:
@@ -143,7 +156,7 @@ def save_registration(
     Raises:
         InputError: the folder cannot be written.
     """
-    with written_together(folder, stale={LABEL, *formats.FILES.values()}) as partial:
+    with written_together(folder, stale={LABEL, formats.WARPED_SERIES, *formats.FILES.values()}) as partial:
         affine = item["original_fixed_image"].affine.numpy()
         save_volume(
             partial / "warped_moving_image.nii.gz", item["warped_moving_image"][0].numpy(), affine, dtype=np.float32
@@ -163,11 +176,6 @@ def save_registration(
         record = {"notice": NOTICE} | known | record | dict(provenance)
         (partial / "qa.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record["flags"]
-
-
-def sha256(path: str) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class SaveRegistrations:
@@ -217,6 +225,6 @@ class SaveRegistrations:
         items = zip(engine.state.batch, engine.state.output, engine.inferer.inconsistency, strict=True)
         for batch, output, inconsistency in items:
             item = {**batch, **output}
-            folder = self.output_dir / item["case"] if self.case_folders else self.output_dir
+            folder = self.output_dir / check_case_name(item["case"]) if self.case_folders else self.output_dir
             found = save_registration(folder, item, known, self.tools, self.limits, inconsistency)
             print("; ".join([f"{item['case']}: {folder}", *(f"CHECK: {flag}" for flag in found)]))

@@ -8,14 +8,13 @@ import zipfile
 from pathlib import Path
 
 from scripts.__main__ import ROOT
-from scripts.checks import InputError
+from scripts.checks import SUMS, InputError, known_hashes
 from scripts.files import written_whole
 
 NAME = "prostate_mr_trus_registration"
 FOLDERS = ("configs", "docs", "models", "scripts")
 FILES = ("LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "metadata.json", "requirements.txt")
 LARGEST = 25 * 2**20  # bytes of a file, the zoo's limit
-SUMS = "SHA256SUMS"
 DATE = (1980, 1, 1, 0, 0, 0)  # the earliest a zip knows: when it was packed does not matter
 
 
@@ -31,7 +30,8 @@ def contents(root: Path) -> dict[str, bytes]:
     kept: dict[str, bytes] = {}
     for path in sorted(found):
         name = path.relative_to(root)
-        made_here = name.parts[0] == "models" and name.suffix != ".pt"  # an exported model.ts, for one
+        # an exported model.ts, for one
+        made_here = name.parts[0] == "models" and name.suffix != ".pt" and name.name != SUMS
         if made_here or any(part.startswith((".", "__pycache__")) for part in name.parts):
             continue
         if not path.is_file():
@@ -51,13 +51,18 @@ def build(output_dir: str | Path, root: Path = ROOT) -> Path:
         The archive.
 
     Raises:
-        InputError: see `contents`; the version in metadata.json is not in its changelog.
+        InputError: see `contents`; the version in metadata.json is not in its changelog; weights that are not those
+            of models/SHA256SUMS.
     """
     files = contents(root)
     metadata = json.loads(files["configs/metadata.json"])
     version = metadata["version"]
     if version not in metadata["changelog"]:
         raise InputError(f"configs/metadata.json: version {version} is not in its changelog")
+    known = known_hashes(root / "models")
+    for name, data in files.items():
+        if name.endswith(".pt") and known.get(Path(name).name) != hashlib.sha256(data).hexdigest():
+            raise InputError(f"{root / name}: is not what {SUMS} beside it names; for new weights write that anew")
     sums = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items()]
     files[SUMS] = "".join(sums).encode()
     path = Path(output_dir) / f"{NAME}_v{version}.zip"

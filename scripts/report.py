@@ -21,8 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from scripts.checks import InputError
-from scripts.files import written_whole
-from scripts.metrics import write_csv
+from scripts.files import write_csv, written_whole
 from scripts.outputs import NOTICE
 from scripts.plan import CONFIGS, DONE
 from scripts.report_cases import Example, evaluation_of, example_cases
@@ -139,7 +138,8 @@ def scores(name: str, row: Mapping[str, str], example: Example) -> str:
     """The heading of a row of slices."""
     tre = " → ".join(number(float(row[f"tre_with_gland{when}_mm"] or "nan"), 1) for when in ("_before", ""))
     dsc = " → ".join(number(float(row[f"dsc{when}"] or "nan"), 2) for when in ("_before", ""))
-    return f"{name}: {row['case']}\nTRE with gland {tre} mm, gland DSC {dsc}"
+    doubts = [f"\nCHECK: {flag}" for flag in (row.get("flags") or "").split("; ") if flag]
+    return f"{name}: {row['case']}\nTRE with gland {tre} mm, gland DSC {dsc}{''.join(doubts[:2])}"
 
 
 def folding(name: str, row: Mapping[str, str], example: Example) -> str:

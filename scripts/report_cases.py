@@ -27,12 +27,11 @@ from tqdm import tqdm
 
 from scripts import fields
 from scripts.__main__ import absolute, run_config
-from scripts.checks import InputError
+from scripts.checks import InputError, check_case_name, sha256
 from scripts.data import KEYS, datalist
 from scripts.files import written_whole
 from scripts.formats import read_transform
 from scripts.metrics import centroid
-from scripts.outputs import sha256
 from scripts.plan import CONFIGS, LOG, WEIGHTS
 from scripts.transforms import LoadPaird
 
@@ -86,7 +85,7 @@ def example_cases(
         run = output / "runs" / variant / f"fold{cases[case]['fold']}"
         overlays, settings = evaluation_of(run)
         settings |= {"dataset_dir": absolute(dataset_dir)} if dataset_dir else {}
-        folder = output / "report" / "cases" / case
+        folder = output / "report" / "cases" / check_case_name(case)
         wanted = ingredients(case, run, settings, overlays)
         jobs.append((name, case, run, overlays, folder, wanted))
     todo = [job for job in jobs if not is_kept(job[-1], job[-2])]

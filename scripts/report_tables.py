@@ -31,6 +31,7 @@ COUNTS = {  # name -> heading and digits
     "folded_cases": ("cases that fold", 0),
     "jacobian_min": ("smallest det J", 2),
     "empty_warped": ("labels warped away", 0),
+    "flagged_cases": ("cases to check", 0),
 }
 
 
@@ -141,6 +142,8 @@ def summary(name: str, method: Method, first: Method) -> dict[str, Any]:
     folded, smallest = ([v for v in method.values(m) if not math.isnan(v)] for m in ("folded_percent", "jacobian_min"))
     row |= {"folded_cases": sum(v > 0 for v in folded)} if folded else {}
     row |= {"jacobian_min": min(smallest)} if smallest else {}
+    known = [case["flags"] for case in method.cases.values() if "flags" in case]
+    row |= {"flagged_cases": sum(bool(words) for words in known)} if known else {}
     row["empty_warped"] = describe(method.cases, "dsc")["empty_warped"]
     for metric in COMPARED if method is not first else ():
         found = compare(method.cases, first.cases, metric)

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.metrics import target_registration_error, write_csv
+from scripts.files import write_csv
+from scripts.metrics import target_registration_error
 from scripts.plan import Run
 from scripts.statistics import METRICS, compare, describe, read_cases
 

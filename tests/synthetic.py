@@ -4,8 +4,12 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import torch
+from pydicom.dataset import Dataset, FileMetaDataset
 from scipy.spatial.transform import Rotation
+
+from scripts.phantom import simulate_pair
 
 OBLIQUE = Rotation.from_euler("xyz", (14, -9, 21), degrees=True).as_matrix()
 GRIDS = {  # axes of the fixed grid, voxel size in mm
@@ -93,3 +97,53 @@ def moving_labels(path):
     ball = np.linalg.norm((grid - [17, 18, 15]) / [9, 8, 10], axis=-1) < 1
     labels = np.where(ball, np.where(grid[..., 0] < 16, 1, np.where(grid[..., 1] < 19, 4, 300)), 0)
     return save(path, labels.astype(np.int16), moving_affine())
+
+
+def write_series(folder, volume: np.ndarray, affine: np.ndarray, modality: str = "MR", **elements):
+    """A DICOM series, a file per slice, with a study and a frame of reference of its own; the folder is returned.
+
+    Args:
+        volume: shape (X, Y, Z), rounded to int16; a slice is along x and y.
+        affine: voxel -> RAS mm, any orthogonal axes.
+        modality: "MR" or "US".
+        elements: of DICOM, by keyword, for every file, for example PatientID.
+    """
+    folder.mkdir(parents=True)
+    lps = np.diag([-1.0, -1.0, 1.0]) @ affine[:3]
+    spacing = np.linalg.norm(lps[:, :3], axis=0)
+    shared = Dataset()
+    shared.SOPClassUID = {"MR": pydicom.uid.MRImageStorage, "US": pydicom.uid.UltrasoundImageStorage}[modality]
+    shared.Modality = modality
+    for name in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
+        setattr(shared, name, pydicom.uid.generate_uid())
+    shared.PatientID, shared.PatientName, shared.SeriesDescription = "P7", "Doe^J", f"{modality} phantom"
+    shared.ImageOrientationPatient = [f"{v:.12f}" for v in (lps[:, :2] / spacing[:2]).T.ravel()]
+    shared.PixelSpacing = [f"{v:.9f}" for v in spacing[1::-1]]  # between rows, between columns
+    shared.SliceThickness = f"{spacing[2]:.9f}"
+    shared.Columns, shared.Rows = volume.shape[:2]
+    shared.SamplesPerPixel, shared.PhotometricInterpretation = 1, "MONOCHROME2"
+    shared.BitsAllocated, shared.BitsStored, shared.HighBit, shared.PixelRepresentation = 16, 16, 15, 1
+    for name, value in elements.items():
+        setattr(shared, name, value)
+    for k in range(volume.shape[2]):
+        image = Dataset(shared)
+        image.SOPInstanceUID = pydicom.uid.generate_uid()
+        image.InstanceNumber = k + 1
+        image.ImagePositionPatient = [f"{v:.9f}" for v in lps @ [0, 0, k, 1]]
+        image.PixelData = volume[:, :, k].T.round().astype("<i2").tobytes()
+        image.file_meta = FileMetaDataset()
+        image.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        image.save_as(folder / f"{image.SOPInstanceUID}.dcm", enforce_file_format=True)
+    return folder
+
+
+def write_dicom_pair(folder):
+    """A phantom's MR and TRUS as the DICOM series `folder`/mr and `folder`/trus: oblique, anisotropic, two worlds."""
+    pair = simulate_pair(np.random.default_rng(4), (56, 52, 48), (1.3, 1.1, 1.5), (56, 58, 30), (1.3, 1.4, 2.8))
+    tilts = Rotation.from_euler("xyz", [(-12, 7, 9), (9, -5, 14)], degrees=True).as_matrix()
+    for kind, modality, tilt in zip(("moving", "fixed"), ("MR", "US"), tilts, strict=True):
+        affine = getattr(pair, f"{kind}_affine").copy()
+        affine[:3] = tilt @ affine[:3]
+        name = {"MR": "mr", "US": "trus"}[modality]
+        write_series(folder / name, getattr(pair, f"{kind}_image").numpy(), affine, modality)
+    return folder

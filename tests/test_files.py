@@ -1,10 +1,14 @@
 """Several processes that write into one folder leave one result, never a mixture, and nothing of an older one stays."""
 
+import math
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
+from scripts.checks import InputError
+from scripts.files import write_csv
 from scripts.outputs import written_together
 
 WRITER = """
@@ -32,9 +36,29 @@ def test_two_processes_that_write_into_one_folder_leave_one_result(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == list("abcdef")
 
 
+def test_a_csv_table_keeps_its_rows(tmp_path):
+    write_csv(tmp_path / "new" / "cases.csv", [{"case": "a", "dsc": 0.5}, {"case": "b", "dsc": math.nan}])
+    assert (tmp_path / "new" / "cases.csv").read_text().split() == ["case,dsc", "a,0.5", "b,nan"]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["cases.csv"]
+
+
 def test_files_of_an_earlier_result_go(tmp_path):
     for names in ("ab", "bc"):
         with written_together(tmp_path, stale={"a", "d"}) as partial:
             for name in names:
                 (partial / name).touch()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "c"]
+
+
+def test_a_folder_of_slices_is_replaced_and_one_of_other_files_is_refused(tmp_path):
+    (tmp_path / "series").mkdir()
+    (tmp_path / "series" / "old.dcm").touch()
+    with written_together(tmp_path) as partial:
+        (partial / "series").mkdir()
+        (partial / "series" / "new.dcm").touch()
+    assert [p.name for p in (tmp_path / "series").iterdir()] == ["new.dcm"]
+    (tmp_path / "series" / "mine.txt").touch()
+    with pytest.raises(InputError, match="holds other files"), written_together(tmp_path, stale={"series"}) as partial:
+        (partial / "a").touch()
+    assert sorted(p.name for p in (tmp_path / "series").iterdir()) == ["mine.txt", "new.dcm"]
+    assert not (tmp_path / "a").exists()

@@ -115,12 +115,6 @@ def test_the_hausdorff_distance_of_a_moved_box_is_the_move_in_mm():
     assert math.isnan(metrics.hausdorff95(a, torch.zeros_like(a), (1, 1, 1)))
 
 
-def test_a_csv_table_keeps_its_rows(tmp_path):
-    metrics.write_csv(tmp_path / "new" / "cases.csv", [{"case": "a", "dsc": 0.5}, {"case": "b", "dsc": math.nan}])
-    assert (tmp_path / "new" / "cases.csv").read_text().split() == ["case,dsc", "a,0.5", "b,nan"]
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["cases.csv"]
-
-
 def test_the_true_error_is_the_median_distance_in_the_gland_alone():
     gland = box((4, 9), (5, 10), (5, 10))[0, 0]
     truth = torch.randn(3, *gland.shape)

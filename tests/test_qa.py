@@ -29,6 +29,10 @@ def test_a_figure_is_flagged_beyond_its_limits_and_only_there():
         flags_of(inside, {"folding": [None, 0]})
 
 
+def test_evaluations_flag_by_the_same_limits():
+    assert json.loads((ROOT / "configs" / "evaluate.json").read_text("utf-8"))["limits"] == LIMITS
+
+
 def test_the_shipped_limits_are_of_figures_that_the_schema_has():
     for name in LIMITS:
         sides = ("moving_", "fixed_") if "{side}" in DOUBTED[name] else ("",)

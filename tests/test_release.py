@@ -69,6 +69,10 @@ def test_a_release_with_a_missing_or_a_huge_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="model.pt: 26214401 bytes"):
         contents(root)
     shutil.copy(ROOT / "configs" / "metadata.json", root / "configs")
+    (root / "models" / "model.pt").write_bytes(b"other weights")
+    shutil.copy(ROOT / "models" / SUMS, root / "models")
+    with pytest.raises(InputError, match="model.pt: is not what SHA256SUMS beside it names"):
+        build(tmp_path / "dist", root)
     (root / "models" / "model.pt").unlink()
     metadata = json.loads((root / "configs" / "metadata.json").read_text()) | {"version": "9.9.9"}
     (root / "configs" / "metadata.json").write_text(json.dumps(metadata))

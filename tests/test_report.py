@@ -123,6 +123,8 @@ def test_the_tables_say_what_statistics_csv_says(crossval, page):
             for part in ("difference", "low", "high", "p", "pairs") if row["variant"] != "baseline" else ():
                 assert float(row[f"{metric}_{part}"]) == float(wanted[part])
             assert row["empty_warped"] == wanted["empty_warped"]
+        flagged = [bool(case["flags"]) for case in rows(crossval / "cases.csv") if case["variant"] == row["variant"]]
+        assert float(row["flagged_cases"]) == sum(flagged)
     # one start for all: what the start alone leaves is what no network leaves
     for column in ("tre_mm_median", "dsc_q1", "true_error_mm_median", "patient_tre_mm_q3"):
         assert float(tables[1][-1][column]) == pytest.approx(float(tables[1][-2][column]), abs=1e-4)

@@ -11,19 +11,25 @@ import pytest
 import torch
 from conftest import ROOT, flags, run
 
-from scripts.outputs import sha256
+from scripts.checks import check_hash, known_hashes, sha256
 from scripts.phantom import write_cohort
 
-WEIGHTS = ("start_0.pt", "start_1.pt", "start_phantoms.pt", "model.pt")
+MODELS = ROOT / "models"
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_are_small_plain_tensors_whose_hash_the_model_card_names(name):
-    path = ROOT / "models" / name
+def test_each_weights_file_has_a_known_hash_and_a_place_in_the_model_card():
+    files = {path.name for path in MODELS.glob("*.pt")}
+    card = (ROOT / "docs" / "README.md").read_text("utf-8")
+    assert files == set(known_hashes(MODELS)) == set(re.findall(r"^\| `models/(\S+)` \|", card, re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", known_hashes(MODELS))
+def test_weights_are_small_plain_tensors_of_their_known_hash(name):
+    path = MODELS / name
     assert path.stat().st_size < 25e6
     weights = torch.load(path, weights_only=True)
     assert all(type(value) is torch.Tensor and value.isfinite().all() for value in weights.values())
-    assert sha256(str(path)) in re.findall(r"\b[0-9a-f]{64}\b", (ROOT / "docs" / "README.md").read_text("utf-8"))
+    check_hash(path)
 
 
 def test_the_defaults_register_new_phantoms_better_than_their_centres(tmp_path):
