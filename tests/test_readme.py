@@ -37,6 +37,8 @@ ELSEWHERE = {  # how a command begins -> why it is not run here
     "pip": "the environment is there",
     "ray": "there is one machine",
     "torchrun": "tests/test_distributed.py",
+    "python integrations/deploy/app.py": "tests/test_deploy.py, in an environment of its own",
+    "python -m scripts register --moving MR_SERIES": "tests/test_dicom.py",
     "python -m scripts crossval": "tests/test_crossval.py",
     "python -m scripts report": "tests/test_report.py",
     "python -m scripts sweep": "tests/test_sweep.py",
@@ -113,6 +115,8 @@ def check(words):
         assert not settings or {s.split("#")[0] for s in settings} <= set(merged(files)), f"{words}: {settings}"
         for variant in given.get("variants", "").split(",") if "variants" in given else []:
             assert overlays_of(variant) or variant == "baseline"
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file(), words
     else:
         assert elsewhere(words), f"{words}: no such command"
 
