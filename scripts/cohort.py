@@ -161,18 +161,21 @@ class CohortLoader:
     found glands those as channels 2 and 3; `moving_label` and `fixed_label`
     (B, 1, X, Y, Z), all on the device; `spacing` (B, 3) in mm, on the CPU; `case`, a list.
 
+    Where several processes train together, each draws every batch as a single process would and makes its share of it.
+
     Args:
         dataset: pairs as `scripts.transforms.PlanFixedGridd` leaves them.
-        batch_size: pairs of a batch.
+        batch_size: pairs of a batch, of all processes together.
         epoch_length: batches of a pass.
         device: where the cohort lives and the batches are made.
         augmentation: the strength of `corner_affine`; 0 switches it off.
         seed: of the draws.
         num_workers: processes that read the files.
         simulated, share, pool: see `Pool`; a simulated pair is replaced every few batches.
+        rank, world_size: which of how many processes this is.
 
     Raises:
-        InputError: no pair, or a pair without a label that can be drawn.
+        InputError: no pair, a pair without a label that can be drawn, or a batch that cannot be shared out evenly.
     """
 
     def __init__(
@@ -187,7 +190,13 @@ class CohortLoader:
         simulated: Dataset | None = None,
         share: float = 0.0,
         pool: int = 32,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        if batch_size % world_size:
+            raise InputError(f"batch_size {batch_size}: {world_size} processes cannot share it evenly; give a multiple")
+        own = batch_size // world_size
+        self.mine = slice(rank * own, (rank + 1) * own)  # of a batch
         self.batch_size = batch_size
         self.epoch_length = epoch_length
         self.device = torch.device(device)
@@ -215,12 +224,13 @@ class CohortLoader:
         for side in SIDES:
             pair[side] = {"to_volume": from_grid(data, f"{side}_image")}
             image, gland = data[f"{side}_image"], data.get(f"{side}_gland")
+            volume = image.as_tensor()
             if gland is not None:  # on the image's own grid, so that one interpolation serves both
                 to_gland = torch.linalg.inv(gland.affine.double()) @ image.affine.double()
-                volume = gland.as_tensor()[None].float()
-                found = fields.resample(volume, to_gland, image.shape[1:], padding_mode="outside")
-                image = torch.cat([image.as_tensor(), found[0].to(image)])
-            pair[side]["image"] = torch.as_tensor(image).to(self.device)
+                found = gland.as_tensor()[None].float()
+                found = fields.resample(found, to_gland, image.shape[1:], padding_mode="outside")
+                volume = torch.cat([volume, found[0].to(volume)])
+            pair[side]["image"] = volume.to(self.device)
             label = data[f"{side}_label"].as_tensor().to(self.device)
             on_grid = fields.resample(
                 label[None].float(), pair[side]["to_volume"], pair["size"], padding_mode="outside"
@@ -237,29 +247,35 @@ class CohortLoader:
             pairs = [self.pool.draw(self.random) for _ in range(self.batch_size)]
             self.pool.renew()
             size = tuple(max(pair["size"][axis] for pair in pairs) for axis in range(3))
-            drawn = [self._draw(pair, size) for pair in pairs]
-            batch = {key: torch.cat([volumes[key] for volumes in drawn]) for key in drawn[0]}
+            drawn = [(pair, self._draw(pair)) for pair in pairs][self.mine]
+            made = [self._make(pair, size, *draw) for pair, draw in drawn]
+            batch = {key: torch.cat([volumes[key] for volumes in made]) for key in made[0]}
             moving, fixed = batch.pop("moving_image"), batch.pop("fixed_image")
             yield {
                 # moving, fixed, and the same of their glands
                 "image": torch.stack([moving, fixed], dim=2).flatten(1, 2),
                 **batch,
-                "spacing": torch.stack([pair["spacing"] for pair in pairs]),
-                "case": [pair["case"] for pair in pairs],
+                "spacing": torch.stack([pair["spacing"] for pair, _ in drawn]),
+                "case": [pair["case"] for pair, _ in drawn],
             }
 
-    def _draw(self, pair: Mapping[str, Any], size: Sequence[int]) -> dict[str, Tensor]:
-        """Both images of a pair, with their glands, and one of its labels on a grid of `size`, each (1, C, *size)."""
-        m = int(self.random.choice(pair["drawable"]))
+    def _draw(self, pair: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
+        """One label of a pair, and the augmentation of its moving and fixed side, (4, 4) in [−1, 1]³."""
+        m, affines = int(self.random.choice(pair["drawable"])), torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
+        for affine in affines if self.augmentation else ():
+            affine[:3] = torch.from_numpy(corner_affine(self.random.random((4, 3)), self.augmentation))
+        return m, list(affines)
+
+    def _make(
+        self, pair: Mapping[str, Any], size: Sequence[int], m: int, affines: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Both images of a pair, with their glands, and its label `m` on a grid of `size`, each (1, C, *size)."""
         own = pair["size"]
         low = [(n - k) // 2 for n, k in zip(size, own, strict=True)]
         from_padded, to_normalised = torch.eye(4, dtype=torch.float64), fields.normalised(own)
         from_padded[:3, 3] = -torch.tensor(low, dtype=torch.float64)
         volumes = {}
-        for side in SIDES:
-            affine = torch.eye(4, dtype=torch.float64)
-            if self.augmentation:
-                affine[:3] = torch.from_numpy(corner_affine(self.random.random((4, 3)), self.augmentation))
+        for side, affine in zip(SIDES, affines, strict=True):
             moved = torch.linalg.inv(to_normalised) @ affine @ to_normalised @ from_padded
             kept = pair[side]
             volume = torch.cat([kept["image"], kept["label"][m : m + 1].to(kept["image"].dtype)])[None]
@@ -323,13 +339,17 @@ class GlandLoader(CohortLoader):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for _ in range(self.epoch_length):
-            cubes = [self._draw(SIDES[i % 2]) for i in range(self.batch_size)]
+            drawn = [self._draw(SIDES[i % 2]) for i in range(self.batch_size)]
+            bends = [self._draw_bend() for _ in drawn if self.augmentation]
             self.pool.renew()
-            image, label = torch.cat(cubes).split(1, dim=1)
-            yield {"image": standardised(self._bend(image)), "label": label}
+            cubes = torch.cat([on_cube(volume, affine) for volume, affine in drawn[self.mine]])
+            image, label = cubes.split(1, dim=1)
+            if bends:
+                image = torch.cat([self._bend(cube, *bend) for cube, bend in zip(image, bends[self.mine], strict=True)])
+            yield {"image": standardised(image), "label": label}
 
-    def _draw(self, side: str) -> Tensor:
-        """A volume and its gland on a random cube, (1, 2, SIDE, SIDE, SIDE)."""
+    def _draw(self, side: str) -> tuple[MetaTensor, Tensor]:
+        """A volume with its gland (2, X, Y, Z), and voxel -> world of a random cube in it."""
         pair, strength = self.pool.draw(self.random), self.augmentation
         centre, axes, length = pair[f"{side}_frame"]
         near = strength and self.random.random() < 0.5  # as the second look sees it
@@ -344,21 +364,23 @@ class GlandLoader(CohortLoader):
         axes = axes @ torch.from_numpy(np.diag(stretch) @ turn.as_matrix())
         shift = torch.from_numpy(self.random.uniform(-0.1, 0.1, 3) * strength * length)
         nearer = np.exp(self.random.uniform(-0.25 if near else -0.35, 0.2) * strength)
-        return on_cube(pair[side], cube_affine(centre + shift, axes, length * nearer))
+        return pair[side], cube_affine(centre + shift, axes, length * nearer)
 
-    def _bend(self, image: Tensor) -> Tensor:
-        """Random gamma, slope across the cube, blur and noise of each cube (B, 1, SIDE, SIDE, SIDE), ≥ 0."""
-        if not self.augmentation:
-            return image
-        bent = []
-        for cube in image / image.amax((1, 2, 3, 4), keepdim=True).clamp_min(1e-6):
-            cube = cube[None] ** float(np.exp(self.random.normal(0, 0.3 * self.augmentation)))
-            slope = torch.from_numpy(self.random.normal(0, 0.3 * self.augmentation, 3)).to(cube)
-            where = torch.linspace(-1, 1, SIDE, device=cube.device)
-            exponent = slope[0] * where[:, None, None] + slope[1] * where[:, None] + slope[2] * where
-            cube = cube * exponent.exp()
-            if self.random.random() < 0.3:
-                cube = GaussianFilter(3, float(self.random.uniform(0.4, 1.0))).to(cube.device)(cube)
-            level = self.random.uniform(0, 0.06) * self.augmentation
-            bent.append(cube + level * torch.randn(cube.shape, generator=self.noise, device=cube.device))
-        return torch.cat(bent)
+    def _draw_bend(self) -> tuple[float, np.ndarray, float | None, Tensor]:
+        """How the grey levels of one cube change: gamma, slope along each axis, sigma of a blur, noise."""
+        strength = self.augmentation
+        gamma, slope = float(np.exp(self.random.normal(0, 0.3 * strength))), self.random.normal(0, 0.3 * strength, 3)
+        sigma = float(self.random.uniform(0.4, 1.0)) if self.random.random() < 0.3 else None
+        noise = torch.randn((1, 1, SIDE, SIDE, SIDE), generator=self.noise, device=self.device)
+        return gamma, slope, sigma, self.random.uniform(0, 0.06) * strength * noise
+
+    @staticmethod
+    def _bend(cube: Tensor, gamma: float, slope: np.ndarray, sigma: float | None, noise: Tensor) -> Tensor:
+        """Grey levels (1, SIDE, SIDE, SIDE), ≥ 0, changed as drawn; (1, 1, SIDE, SIDE, SIDE)."""
+        cube = (cube[None] / cube.amax().clamp_min(1e-6)) ** gamma
+        x, y, z = torch.from_numpy(slope).to(cube)
+        where = torch.linspace(-1, 1, SIDE, device=cube.device)
+        cube = cube * (x * where[:, None, None] + y * where[:, None] + z * where).exp()
+        if sigma is not None:
+            cube = GaussianFilter(3, sigma).to(cube.device)(cube)
+        return cube + noise

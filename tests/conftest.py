@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from synthetic import content, write
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.data import KEYS
 from scripts.phantom import write_cohort
@@ -34,6 +35,16 @@ def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300
     )
+
+
+def logged(folder: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows of a training: tag -> step -> value."""
+    found: dict[str, dict[int, float]] = {}
+    for path in folder.glob("events.out.tfevents*"):
+        events = EventAccumulator(str(path)).Reload()
+        for tag in events.Tags()["scalars"]:
+            found.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 import yaml
-from conftest import QUICK, ROOT, TINY, flags, run
-from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow, load
+from conftest import QUICK, ROOT, TINY, flags, logged, run
+from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 
 from scripts.plan import merged
 from scripts.start import gland_network
@@ -36,7 +36,9 @@ def elsewhere(tmp_path, monkeypatch):
 def test_training_leaves_weights_checkpoints_metrics_and_tensorboard_events(trained):
     names = [p.name for p in trained.iterdir()]
     assert "model.pt" in names and "checkpoint_epoch=1.pt" in names and "cases.csv" in names
-    assert any(n.startswith("events.out.tfevents") for n in names)
+    shown, (case,) = logged(trained), csv.DictReader((trained / "cases.csv").open())
+    assert set(shown["train_loss"]) == {1, 2} and all(math.isfinite(v) for v in shown["train_loss"].values())
+    assert shown["dsc"][1] == pytest.approx(float(case["dsc"]), abs=1e-4)
     weights = torch.load(trained / "model.pt", weights_only=True)
     assert weights["down.0.conv.conv.weight"].shape == (4, 2, 7, 7, 7)
 
@@ -146,58 +148,13 @@ def test_each_config_is_read_where_text_is_ascii(path):
         locale.setlocale(locale.LC_ALL, before)
 
 
-@pytest.mark.parametrize(("config", "kind"), [("train.json", "train"), ("inference.json", "infer")])
-def test_properties_are_complete_from_another_folder(config, kind, cohort, trained, elsewhere):
+def test_properties_of_training_are_complete_from_another_folder(cohort, elsewhere):
     settings = {"dataset_dir": str(cohort)} | TINY
-    if kind == "infer":
-        settings |= {"ckpt_path": str(trained / "model.pt"), "output_dir": str(elsewhere)}
-    workflow = create_workflow(config_file=str(CONFIGS / config), workflow_type=kind, logging_file=False, **settings)
+    train = str(CONFIGS / "train.json")
+    workflow = create_workflow(config_file=train, workflow_type="train", logging_file=False, **settings)
     assert workflow.check_properties() == []
     assert workflow.network_def.eval()(torch.rand(1, 2, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
     assert workflow.bundle_root == str(ROOT)
-
-
-def test_load_gives_the_trained_network_from_another_folder(trained, elsewhere):
-    bundle = elsewhere / "zoo" / "prostate_mr_trus_registration"
-    shutil.copytree(ROOT / "configs", bundle / "configs")
-    shutil.copytree(ROOT / "scripts", bundle / "scripts")
-    (bundle / "models").mkdir()
-    shutil.copy(trained / "moving_model.pt", bundle / "models" / "model.pt")
-    network = load(
-        "prostate_mr_trus_registration",
-        bundle_dir=str(elsewhere / "zoo"),
-        source="github",
-        net_override={"initial_channels": 4},
-    )
-    weights = torch.load(trained / "moving_model.pt", weights_only=True)
-    assert all(torch.equal(v, weights[k]) for k, v in network.state_dict().items())
-    assert str(bundle) in sys.modules["scripts"].__path__[0]
-
-
-def test_network_passes_verify_net_in_out_from_another_folder(tmp_path):
-    files = ["--config_file", str(CONFIGS / "inference.json"), "--meta_file", str(CONFIGS / "metadata.json")]
-    result = run("monai.bundle", "verify_net_in_out", "network_def", *files, "--initial_channels", "4", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
-def test_checkpoint_exports_to_torchscript_and_computes_the_same(trained, tmp_path):
-    arguments = {
-        "filepath": tmp_path / "model.ts",
-        "ckpt_file": trained / "moving_model.pt",
-        "meta_file": CONFIGS / "metadata.json",
-        "config_file": CONFIGS / "inference.json",
-        "initial_channels": 4,
-        "start": "centre",
-    }
-    result = run("monai.bundle", "ckpt_export", "network_def", *flags(arguments), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-    from scripts.networks import SummedDDFNet
-
-    network = SummedDDFNet(4).eval()
-    network.load_state_dict(torch.load(trained / "moving_model.pt", weights_only=True))
-    image = torch.rand(1, 2, 17, 32, 21)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.jit.load(tmp_path / "model.ts")(image), network(image), rtol=1e-4, atol=1e-4)
 
 
 def test_the_shipped_network_exports_to_onnx_and_onnxruntime_computes_the_same(tmp_path):
@@ -222,7 +179,7 @@ def test_the_shipped_network_exports_to_onnx_and_onnxruntime_computes_the_same(t
 
 
 def test_mlflow_logs_a_run(cohort, tmp_path):
-    pytest.importorskip("mlflow", reason="mlflow is the user's own choice; pip install mlflow")
+    pytest.importorskip("mlflow", reason="some 50 packages that only its users need: pip install mlflow")
     settings = {"dataset_dir": cohort, "output_dir": tmp_path, "ckpt_dir": tmp_path} | QUICK
     files = ["--config_file", "configs/train.json", "--tracking", "mlflow"]
     result = run("monai.bundle", "run", *files, *flags(settings))
@@ -230,14 +187,16 @@ def test_mlflow_logs_a_run(cohort, tmp_path):
     import mlflow
 
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlruns.db")
-    runs = mlflow.search_runs(search_all_experiments=True)
-    assert len(runs) >= 1 and any("loss" in c for c in runs.columns)
+    (found,) = mlflow.search_runs(search_all_experiments=True).to_dict("records")
+    client, shown = mlflow.MlflowClient(), logged(tmp_path)
+    for tag in ("train_loss", "dsc"):
+        history = {metric.step: metric.value for metric in client.get_metric_history(found["run_id"], tag)}
+        assert history == pytest.approx(shown[tag], rel=1e-6)
 
 
-def test_metadata_lists_the_pinned_versions_and_the_current_version_in_its_changelog():
+def test_metadata_lists_the_pinned_versions():
     metadata = json.loads((ROOT / "metadata.json").read_text())
     pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split() if "==" in line)
-    assert metadata["version"] in metadata["changelog"]
     assert (metadata["monai_version"], metadata["pytorch_version"]) == (pins["monai"], pins["torch"])
     assert all(pins[name] == version for name, version in metadata["required_packages_version"].items())
 

@@ -9,7 +9,7 @@ from scipy.stats import chisquare
 
 from scripts import cohort
 from scripts.checks import InputError
-from scripts.cohort import CohortLoader, corner_affine
+from scripts.cohort import CohortLoader, GlandLoader, corner_affine
 from scripts.transforms import OntoFixedGridd, PlanFixedGridd
 
 # ---- the two-stage draw
@@ -80,6 +80,26 @@ def test_a_loader_that_is_given_its_place_back_draws_what_the_first_would_have_d
     for _ in range(4):
         for a, b in zip(first, again, strict=True):
             assert a["case"] == b["case"] and torch.equal(a["image"], b["image"])
+
+
+@pytest.mark.parametrize("kind", ["pairs", "glands"])
+def test_processes_draw_one_batch_together_and_agree_on_the_place_in_the_draws(kind):
+    def loader(rank=0, world_size=1):
+        if kind == "pairs":  # of unequal sizes: every share is padded as the batch is
+            pairs = [PlanFixedGridd(1.1)(oblique(f"{k}", k, size)) for k, size in enumerate([(9, 8, 10), (11, 13, 9)])]
+            return CohortLoader(pairs, 4, 3, "cpu", seed=1, rank=rank, world_size=world_size)
+        return GlandLoader(
+            [oblique(f"{k}", k) for k in range(3)], 4, 3, "cpu", seed=1, rank=rank, world_size=world_size
+        )
+
+    whole, shares = loader(), [loader(rank, 2) for rank in range(2)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        for key, value in batch.items():
+            together = [part[key] for part in parts]
+            assert torch.equal(torch.cat(together), value) if torch.is_tensor(value) else sum(together, []) == value
+    assert str(whole.state_dict()) == str(shares[0].state_dict()) == str(shares[1].state_dict())
+    with pytest.raises(InputError, match="batch_size 4: 3 processes cannot share it"):
+        loader(0, 3)
 
 
 def test_no_pair_and_a_pair_without_any_common_label_are_refused():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -10,13 +11,18 @@ import threading
 import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import jsonschema
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+import yaml
 from conftest import ROOT, flags, run
 
 from scripts.checks import InputError
+from scripts.networks import SummedDDFNet
 from scripts.release import FILES, FOLDERS, LARGEST, NAME, SUMS, build, contents
 
 
@@ -74,6 +80,82 @@ def test_a_release_with_a_missing_or_a_huge_file_is_refused(tmp_path):
         build(tmp_path / "dist", root)
 
 
+@pytest.fixture(scope="module")
+def extracted(archive, tmp_path_factory):
+    """The bundle as the archive holds it, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("models")
+    with zipfile.ZipFile(archive) as found:
+        found.extractall(folder)
+    return folder / NAME
+
+
+ZOO = """
+import sys
+from monai.bundle import ckpt_export, create_workflow, verify_metadata, verify_net_in_out
+
+root, schema, pairs = sys.argv[1:]
+meta, config, logs = (f"{root}/configs/{name}" for name in ("metadata.json", "inference.json", "logging.conf"))
+verify_metadata(meta_file=meta, filepath=schema)
+files = {"meta_file": meta, "config_file": config, "bundle_root": root}
+verify_net_in_out("network_def", **files)
+ckpt_export("network_def", filepath=f"{root}/models/model.ts", ckpt_file=f"{root}/models/model.pt", **files)
+workflow = create_workflow(workflow_type="infer", logging_file=logs, dataset_dir=pairs, **files)
+missing = workflow.check_properties()
+assert not missing, missing
+assert workflow.bundle_root == root and next(workflow.network_def.parameters()).ndim == 5
+"""
+
+
+def test_it_passes_the_checks_of_the_model_zoo(extracted, cohort, tmp_path):
+    """What the zoo's CI runs on a bundle (its verify_bundle.py), in its order and in one process that starts elsewhere.
+
+    The schema's file is there already, so MONAI does not download it: `metadata_schema.json` says what
+    meta_schema_20240725.json says of the keys that are used here.
+    """
+    metadata = json.loads((extracted / "configs" / "metadata.json").read_text())
+    assert metadata["version"] in metadata["changelog"]
+    assert f"## {metadata['version']}" in (extracted / "CHANGELOG.md").read_text()
+    schema = Path(__file__).with_name("metadata_schema.json")
+    arguments = [str(extracted), str(schema), str(cohort)]
+    result = subprocess.run([sys.executable, "-c", ZOO, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+    scripted = torch.jit.load(extracted / "models" / "model.ts")
+    weights = torch.load(extracted / "models" / "model.pt", weights_only=True)
+    network = SummedDDFNet(8, in_channels=4).eval()
+    network.load_state_dict(weights)
+    for size in ((17, 32, 21), (32, 32, 32)):  # a trace would know the size it was made with
+        image = torch.rand(1, 4, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(scripted(image), network(image), rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_card_has_the_sections_of_the_zoo_in_its_order_and_the_citation_its_version(extracted):
+    card = (extracted / "docs" / "README.md").read_text()
+    wanted = [
+        "Model overview",
+        "Data",
+        "Training configuration",
+        "Performance",
+        "Commands example",
+        "References",
+        "License",
+    ]
+    assert [title for title in re.findall("^## (.+)$", card, re.M) if title in wanted] == wanted
+    citation = yaml.safe_load((extracted / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == json.loads((extracted / "metadata.json").read_text())["version"]
+
+
+@pytest.mark.parametrize("key", ["version", "network_data_format", "required_packages_version"])
+def test_the_schema_refuses_metadata_without_a_key_it_requires(key):
+    schema = json.loads(Path(__file__).with_name("metadata_schema.json").read_text())
+    metadata = json.loads((ROOT / "metadata.json").read_text())
+    jsonschema.validate(metadata, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({k: v for k, v in metadata.items() if k != key}, schema)
+
+
 def test_downloaded_by_monai_it_registers_as_this_bundle_does(archive, cohort, tmp_path):
     handler = partial(SimpleHTTPRequestHandler, directory=str(archive.parent))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -99,9 +181,14 @@ def test_downloaded_by_monai_it_registers_as_this_bundle_does(archive, cohort, t
         assert result.returncode == 0, result.stderr[-3000:]
         fields.append([np.asarray(nib.load(path).dataobj) for path in sorted(out.glob("*/ddf.nii.gz"))])
     assert fields[0] and all(np.array_equal(a, b) for a, b in zip(*fields, strict=True))
-    code = (
-        f"from monai.bundle import load; print(type(load({NAME!r}, bundle_dir={str(tmp_path / 'bundles')!r})).__name__)"
-    )
+    code = f"""
+import sys, torch
+from monai.bundle import load
+network = load({NAME!r}, bundle_dir={str(tmp_path / "bundles")!r}, workflow_type="inference")
+weights = torch.load({str(downloaded / "models" / "model.pt")!r}, weights_only=True)
+assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+print(type(network).__name__, sys.modules["scripts"].__path__[0])
+"""
     loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr[-2000:]
-    assert loaded.stdout.split()[-1] == "SummedDDFNet"
+    assert loaded.stdout.split()[-2:] == ["SummedDDFNet", str(downloaded / "scripts")]
