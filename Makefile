@@ -19,7 +19,7 @@ bench: .venv/installed .venv-bench/installed  ## every comparison of docs/benchm
 	$(BIN)/python benchmarks/startup.py
 
 PAIRWISE := $(foreach m,none nmi ncc ssd,$(m) $(m)+rigid $(m)+centroids)
-NETWORKS := baseline delta0 delta14 l2 msce prefilt no_additive global_net composite_net
+NETWORKS := baseline delta0 delta14 l2 msce prefilt no_additive global_net composite_net localnet
 comma := ,
 joined = $(subst $(eval) ,$(comma),$(strip $(1)))
 CROSSVAL = $(BIN)/python -m scripts crossval --cores_per_fold 1
