@@ -279,7 +279,7 @@ class GlandLoader(CohortLoader):
     volume is turned by a quarter about the long axis: public data sets have headers whose first axis is
     called left-right but runs front to back. Grey levels are bent, blurred and made noisy.
 
-    A batch is a dictionary: `image` and `label` (B, 1, SIDE, SIDE, SIDE), on the device.
+    A batch is a dictionary: `image` and `label` (B, 1, SIDE, SIDE, SIDE), on the device; `case`, a list.
 
     Args:
         arguments: those of `CohortLoader`; pairs are as `scripts.transforms.LoadPaird` leaves them, label 0 the gland,
@@ -305,7 +305,7 @@ class GlandLoader(CohortLoader):
         self.noise.set_state(state["noise"].cpu())
 
     def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        pair = {"simulated": data.get("simulated", False)}
+        pair = {"case": data["case"], "simulated": data.get("simulated", False)}
         for side in SIDES:
             image = data[f"{side}_image"].as_tensor().to(self.device)
             gland = data[f"{side}_label"][:1].as_tensor().to(image)
@@ -319,13 +319,13 @@ class GlandLoader(CohortLoader):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for _ in range(self.epoch_length):
-            cubes = [self._draw(SIDES[i % 2]) for i in range(self.batch_size)]
+            cases, cubes = zip(*(self._draw(SIDES[i % 2]) for i in range(self.batch_size)), strict=True)
             self.pool.renew()
             image, label = torch.cat(cubes).split(1, dim=1)
-            yield {"image": standardised(self._bend(image)), "label": label}
+            yield {"image": standardised(self._bend(image)), "label": label, "case": list(cases)}
 
-    def _draw(self, side: str) -> Tensor:
-        """A volume and its gland on a random cube, (1, 2, SIDE, SIDE, SIDE)."""
+    def _draw(self, side: str) -> tuple[str, Tensor]:
+        """A case, and its volume and gland on a random cube, (1, 2, SIDE, SIDE, SIDE)."""
         pair, strength = self.pool.draw(self.random), self.augmentation
         centre, axes, length = pair[f"{side}_frame"]
         near = strength and self.random.random() < 0.5  # as the second look sees it
@@ -340,7 +340,7 @@ class GlandLoader(CohortLoader):
         axes = axes @ torch.from_numpy(np.diag(stretch) @ turn.as_matrix())
         shift = torch.from_numpy(self.random.uniform(-0.1, 0.1, 3) * strength * length)
         nearer = np.exp(self.random.uniform(-0.25 if near else -0.35, 0.2) * strength)
-        return on_cube(pair[side], cube_affine(centre + shift, axes, length * nearer))
+        return pair["case"], on_cube(pair[side], cube_affine(centre + shift, axes, length * nearer))
 
     def _bend(self, image: Tensor) -> Tensor:
         """Random gamma, slope across the cube, blur and noise of each cube (B, 1, SIDE, SIDE, SIDE), ≥ 0."""
