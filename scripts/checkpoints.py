@@ -91,14 +91,14 @@ class Checkpoints:
         self.told = True
 
     def _start(self, engine: Engine) -> None:
+        found = self.found()
+        if found and not self.resume:
+            raise InputError(
+                f"{found[-1]}: is of an earlier run; --resume True goes on from it, or choose another --output_dir"
+            )
         for left in self.folder.glob(".checkpoint_epoch=*.partial"):  # by a process that was killed as it wrote
             left.unlink()
-        found = self.found()
         if not self.resume:
-            if found:
-                raise InputError(
-                    f"{found[-1]}: is of an earlier run; --resume True goes on from it, or choose another --output_dir"
-                )
             return
         if not found:
             raise InputError(f"{self.folder}: no checkpoint to resume from; train without --resume first")
