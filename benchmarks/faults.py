@@ -273,17 +273,23 @@ def interrupted(folder: Path, tries: int) -> list[str]:
     data, lost, log = cohort(folder / "cohort", 3), [], folder / "log.txt"
 
     def train(name: str, **more: Any) -> subprocess.Popen:
+        """Returned when it begins to train."""
         settings = TRAINING | {"iterations": 15 * tries, "dataset_dir": data, "output_dir": folder / name} | more
-        return start(log, "monai.bundle", "run", "--config_file", "configs/train.json", *flags(settings))
-
-    if train("plain").wait():
-        return [f"an undisturbed training ended with an error, see {log}"]
-    for k in range(tries):
-        told, began = (signal.SIGTERM, signal.SIGKILL)[k % 2], log.stat().st_size
-        process = train("disturbed", resume=k > 0)
-        while process.poll() is None and b"Training:" not in log.read_bytes()[began:]:
+        log.touch()
+        before = log.stat().st_size
+        process = start(log, "monai.bundle", "run", "--config_file", "configs/train.json", *flags(settings))
+        while process.poll() is None and b"Training:" not in log.read_bytes()[before:]:
             time.sleep(0.05)
-        time.sleep(random.uniform(0, 1))
+        return process
+
+    process, began = train("plain"), time.monotonic()
+    if process.wait():
+        return [f"an undisturbed training ended with an error, see {log}"]
+    seconds = time.monotonic() - began
+    for k in range(tries):
+        told = (signal.SIGTERM, signal.SIGKILL)[k % 2]
+        process = train("disturbed", resume=k > 0)
+        time.sleep(random.uniform(0, 1.5 * seconds / tries))
         process.send_signal(told)
         code = process.wait()
         if code != (STOPPED if told == signal.SIGTERM else -told):

@@ -306,7 +306,7 @@ def test_memory_that_runs_out_elsewhere_is_one_line():
 
 
 def bundle(overlay, cohort, folder, **settings):
-    settings = QUICK | {"dataset_dir": str(cohort), "output_dir": str(folder), "epoch_length": 4} | settings
+    settings = QUICK | {"dataset_dir": str(cohort), "output_dir": str(folder)} | settings
     files = [str(ROOT / "configs" / name) for name in ("train.json", *overlay)]
     workflow = ConfigWorkflow(files, logging_file=False, **settings)
     workflow.initialize()
@@ -318,17 +318,16 @@ OVERLAYS = pytest.mark.parametrize("overlay", [(), ("start.yaml",)], ids=["train
 
 @OVERLAYS
 def test_the_bundle_s_training_goes_on_in_the_middle_of_an_epoch_bit_for_bit(overlay, cohort, tmp_path):
-    more = {"iterations": 8, "val_interval": 9, "learning_rate_decay": True, "learning_rate": 1e-3}
+    more = {"iterations": 4, "val_interval": 9, "learning_rate_decay": True, "learning_rate": 1e-3}
     more |= {"phantom_share": 0.5, "phantom_pool": 2}
-    bundle(overlay, cohort, tmp_path / "whole", **more).run()
+    whole = bundle(overlay, cohort, tmp_path / "whole", **more)
+    stop_at(whole.trainer)  # never: built first, as the other, it draws the same weights
+    whole.run()
     stopped = bundle(overlay, cohort, tmp_path / "stopped", **more)
-    stop_at(stopped.trainer, 6)
+    stop_at(stopped.trainer, 3)
     with pytest.raises(SystemExit, match="143"):
         stopped.run()
-    (weights,) = {path.name for path in (tmp_path / "whole").glob("*.pt")} - {
-        "checkpoint_epoch=1.pt",
-        "checkpoint_epoch=2.pt",
-    }
+    (weights,) = {path.name for path in (tmp_path / "whole").glob("[!c]*.pt")}
     assert not (tmp_path / "stopped" / weights).exists()
     bundle(overlay, cohort, tmp_path / "stopped", resume=True, **more).run()
     a, b = (torch.load(tmp_path / name / weights, weights_only=True) for name in ("whole", "stopped"))
@@ -338,11 +337,11 @@ def test_the_bundle_s_training_goes_on_in_the_middle_of_an_epoch_bit_for_bit(ove
 @OVERLAYS
 @LEFT_OUT
 def test_the_bundle_s_training_names_the_cases_of_steps_that_are_not_finite(overlay, cohort, tmp_path):
-    workflow = bundle(overlay, cohort, tmp_path, learning_rate=1e38, max_skipped_steps=1)
-    with pytest.raises(Exception, match="") as error:
+    workflow = bundle(overlay, cohort, tmp_path, iterations=3, epoch_length=3, learning_rate=1e37, max_skipped_steps=1)
+    with pytest.raises((InputError, RuntimeError)) as error:
         workflow.run()
     said = str(refusal(error.value))
-    assert said.startswith("2 steps in a row were not finite, the last, 3, with loss nan")
+    assert said.startswith("2 steps in a row were not finite, the last, 3, with loss")
     assert any(
         name in said for name in (path.name.split(".")[0] for path in (cohort / "train" / "fixed_images").iterdir())
     )
