@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 PAIRS ?= $(wildcard ../shared/data/label_reg_sample)
 
-.PHONY: demo train test bench experiments release lint audit clean
+.PHONY: demo train test bench faults experiments release lint audit clean
 
 demo: .venv/installed  ## phantoms, and a pair of PAIRS, registered with the weights in models/; pictures in demo/
 	$(BIN)/python -m scripts demo --output_dir demo $(if $(PAIRS),--pairs $(PAIRS))
@@ -17,6 +17,9 @@ test: .venv/installed-test  ## the whole test suite
 bench: .venv/installed .venv-bench/installed  ## every comparison of docs/benchmarks.md, about an hour; leave the machine alone
 	for part in loss registration training prefilt classical growth; do .venv-bench/bin/python benchmarks/$$part.py || exit 1; done
 	$(BIN)/python benchmarks/startup.py
+
+faults: .venv/installed-test  ## processes, disks and files that fail, repeated; the table of docs/reliability.md
+	$(BIN)/python benchmarks/faults.py
 
 PAIRWISE := $(foreach m,none nmi ncc ssd,$(m) $(m)+rigid $(m)+centroids)
 NETWORKS := baseline delta0 delta14 l2 msce prefilt no_additive global_net composite_net localnet

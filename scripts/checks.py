@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -35,10 +36,20 @@ def repaired(path: str | Path, what: str) -> None:
 
 
 def refusal(error: BaseException | None) -> InputError | None:
-    """The `InputError` behind an exception, however many layers wrapped it; None if there is none."""
-    while error is not None and not isinstance(error, InputError):
+    """The `InputError` behind an exception, however many layers wrapped it; None if there is none.
+
+    A loader's process that died and a GPU whose memory ran out are refusals too.
+    """
+    while error is not None:
+        text = str(error)
+        if isinstance(error, InputError):
+            return error
+        if died := re.match(r"DataLoader worker \(pid \d+\) (is killed .*?|exited .* code \d+)\. ", text):
+            return InputError(f"a process that reads data {died[1]}; if memory ran out, lower --num_workers")
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+            return InputError(f"{text.splitlines()[0]} --cohort_device cpu or --device cpu need less of the GPU")
         error = error.__cause__ or error.__context__
-    return error
+    return None
 
 
 def refuse_in_one_line() -> None:

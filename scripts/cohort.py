@@ -299,7 +299,7 @@ class GlandLoader(CohortLoader):
     volume is turned by a quarter about the long axis: public data sets have headers whose first axis is
     called left-right but runs front to back. Grey levels are bent, blurred and made noisy.
 
-    A batch is a dictionary: `image` and `label` (B, 1, SIDE, SIDE, SIDE), on the device.
+    A batch is a dictionary: `image` and `label` (B, 1, SIDE, SIDE, SIDE), on the device; `case`, a list.
 
     Args:
         arguments: those of `CohortLoader`; pairs are as `scripts.transforms.LoadPaird` leaves them, label 0 the gland,
@@ -325,7 +325,7 @@ class GlandLoader(CohortLoader):
         self.noise.set_state(state["noise"].cpu())
 
     def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        pair = {"simulated": data.get("simulated", False)}
+        pair = {"case": data["case"], "simulated": data.get("simulated", False)}
         for side in SIDES:
             image = data[f"{side}_image"].as_tensor().to(self.device)
             gland = data[f"{side}_label"][:1].as_tensor().to(image)
@@ -342,14 +342,15 @@ class GlandLoader(CohortLoader):
             drawn = [self._draw(SIDES[i % 2]) for i in range(self.batch_size)]
             bends = [self._draw_bend() for _ in drawn if self.augmentation]
             self.pool.renew()
-            cubes = torch.cat([on_cube(volume, affine) for volume, affine in drawn[self.mine]])
+            cases, volumes, affines = zip(*drawn[self.mine], strict=True)
+            cubes = torch.cat([on_cube(*pair) for pair in zip(volumes, affines, strict=True)])
             image, label = cubes.split(1, dim=1)
             if bends:
                 image = torch.cat([self._bend(cube, *bend) for cube, bend in zip(image, bends[self.mine], strict=True)])
-            yield {"image": standardised(image), "label": label}
+            yield {"image": standardised(image), "label": label, "case": list(cases)}
 
-    def _draw(self, side: str) -> tuple[MetaTensor, Tensor]:
-        """A volume with its gland (2, X, Y, Z), and voxel -> world of a random cube in it."""
+    def _draw(self, side: str) -> tuple[str, MetaTensor, Tensor]:
+        """A case, its volume with its gland (2, X, Y, Z), and voxel -> world of a random cube in it."""
         pair, strength = self.pool.draw(self.random), self.augmentation
         centre, axes, length = pair[f"{side}_frame"]
         near = strength and self.random.random() < 0.5  # as the second look sees it
@@ -364,7 +365,7 @@ class GlandLoader(CohortLoader):
         axes = axes @ torch.from_numpy(np.diag(stretch) @ turn.as_matrix())
         shift = torch.from_numpy(self.random.uniform(-0.1, 0.1, 3) * strength * length)
         nearer = np.exp(self.random.uniform(-0.25 if near else -0.35, 0.2) * strength)
-        return pair[side], cube_affine(centre + shift, axes, length * nearer)
+        return pair["case"], pair[side], cube_affine(centre + shift, axes, length * nearer)
 
     def _draw_bend(self) -> tuple[float, np.ndarray, float | None, Tensor]:
         """How the grey levels of one cube change: gamma, slope along each axis, sigma of a blur, noise."""

@@ -33,21 +33,13 @@ NAMES = {
     *("torch.device", "torch.cuda.is_available", "torch.cuda.device_count", "torch.float32", "torch.float16"),
     *("numpy.float32", "np.float32", "glob.glob"),
     *("monai.utils.set_determinism", "monai.handlers.from_engine", "monai.engines.utils.default_prepare_batch"),
+    "torch.distributed.destroy_process_group",
     *("abs", "all", "any", "bool", "dict", "enumerate", "float", "int", "len", "list", "max", "min", "range", "round"),
     *("set", "sorted", "str", "sum", "tuple", "zip"),
 }
 ATTRIBUTES = {"attach", "cuda", "eval", "items", "keys", "parameters", "run", "shape", "split", "state_dict", "to"}
-IMPORTS = {
-    "glob",
-    "ignite",
-    "math",
-    "monai",
-    "numpy",
-    "pathlib",
-    "sys",
-    "torch",
-    "traceback",
-}  # to import; what is used counts
+# to import; what is used counts
+IMPORTS = {*("glob", "ignite", "math", "monai", "numpy", "pathlib", "sys", "torch", "traceback")}
 NODES = (
     *(ast.Module, ast.Expr, ast.Constant, ast.Name, ast.Attribute, ast.Call, ast.keyword, ast.Subscript, ast.Slice),
     *(ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.List, ast.Tuple, ast.Dict, ast.Set, ast.Starred),
@@ -65,6 +57,7 @@ MODULES = (
     *("monai.metrics", "monai.inferers", "monai.engines", "monai.handlers", "monai.data", "ignite.metrics"),
     *("torch.nn", "torch.optim", "torch.utils.data.dataloader", "torch.utils.data.sampler"),
 )
+TARGETS = {"torch.distributed.get_rank", "torch.distributed.get_world_size"}  # and these
 BARRED = {
     "monai.losses.perceptual": "runs code from the internet (torch.hub)",
     "monai.networks.nets.transchex": "downloads weights",
@@ -73,8 +66,8 @@ BARRED = {
     "monai.handlers.clearml_handlers": "sends files to a server",
 }
 SCRIPTS = {  # modules of this bundle made for configs; the others run configs, start processes or replace folders
-    *("checks", "cohort", "data", "engine", "evaluation", "gate", "losses", "networks"),
-    *("outputs", "pairwise", "refine", "start", "transforms", "wrapped"),
+    *("checkpoints", "checks", "cohort", "data", "distributed", "engine", "evaluation", "failures", "gate", "losses"),
+    *("networks", "outputs", "pairwise", "refine", "start", "transforms", "wrapped"),
 }
 LOCATED = ("reader", "writer", "merger_cls")  # arguments whose text MONAI looks up and calls as it does `_target_`
 PATCHED = "changes what another config calls, with arguments that are not seen here"
@@ -297,6 +290,8 @@ def judge_target(target: Any, root: Path = ROOT) -> str:
     """
     if not isinstance(target, str) or target[:1] in ("$", "@", "%"):
         return "what is called is computed"
+    if target in TARGETS:
+        return ""
     if target.startswith("scripts."):
         return _judge_script(target, root)
     modules = _components().get_component_module_name(target)

@@ -34,10 +34,11 @@ from scripts.files import written_whole
 from scripts.plan import CONFIGS, DONE, WEIGHTS, Run, commit, deal, merged, name_of, overlays_of, runs_of, write_plan
 from scripts.statistics import read_cases
 from scripts.tables import collect
-from scripts.watch import last_lines, watch
+from scripts.watch import STOPPED, last_lines, watch
 
 OWN = ("dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "fold", "fold_count", "resume", "split", "weights_name")
 PATHS = ("initial_weights", "start_path")
+RUNNING: set[subprocess.Popen] = set()  # what this process has started
 
 
 def run_fold(run: Run, threads: int | None = None) -> str | None:
@@ -47,7 +48,7 @@ def run_fold(run: Run, threads: int | None = None) -> str | None:
         threads: OMP_NUM_THREADS of the processes; None leaves the environment's.
 
     Returns:
-        None, or why it failed, with the last lines of its log.
+        None, or why it failed, with the last lines of its log, or "stopped: …" where SIGTERM ended it.
     """
     folder = Path(run.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,26 +56,31 @@ def run_fold(run: Run, threads: int | None = None) -> str | None:
     with (folder / "lock").open("w") as lock, run.log.open("ab") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a process that an earlier, killed runner left behind
 
-        def finishes(arguments: list[str]) -> str | None:
+        def finishes(what: str, arguments: list[str]) -> str | None:
             log.write(f"\n$ python {shlex.join(arguments)}\n".encode())
             log.flush()
             command, streams = [sys.executable, *arguments], {"stdout": log, "stderr": subprocess.STDOUT}
-            code = subprocess.run(
+            process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, **streams, pass_fds=[lock.fileno()], preexec_fn=die_with_parent
-            ).returncode
+            )
+            RUNNING.add(process)
+            code = process.wait()
+            RUNNING.discard(process)
+            if code in (-signal.SIGTERM, 128 + signal.SIGTERM):  # the latter where a training has saved its place
+                return f"{STOPPED}: {what} got SIGTERM; the same command goes on from there"
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            return f"{how}; the last lines of {run.log}:\n{last_lines(run.log)}" if code else None
+            return f"{what} {how}; the last lines of {run.log}:\n{last_lines(run.log)}" if code else None
 
         if run.done:
             return None
         if run.train and not (folder / WEIGHTS).exists():
             resume = any(folder.glob("checkpoint_epoch=*.pt"))
-            failed = finishes(run.train + ["--resume=True"] * resume)
+            failed = finishes("training", run.train + ["--resume=True"] * resume)
             if failed:
-                return f"training {failed}"
-        failed = finishes(run.evaluate)
+                return failed
+        failed = finishes("evaluation", run.evaluate)
         if failed:
-            return f"evaluation {failed}"
+            return failed
         found = sorted(read_cases(folder / "evaluation" / "cases.csv"))
         if found != run.cases:
             return f"evaluated {len(found)} cases that are not the {len(run.cases)} of folds.json"
@@ -85,9 +91,9 @@ def run_fold(run: Run, threads: int | None = None) -> str | None:
 
 
 def die_with_parent() -> None:
-    """In a new process: ask Linux to kill it when what started it dies, so that nothing trains on unseen."""
+    """In a new process: ask Linux to stop it when what started it dies, so that nothing trains on unseen."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG; a training saves its place
 
 
 def on_ray(runs: Sequence[Run], address: str | None, cores: int | None) -> dict[Run, Future]:
@@ -150,9 +156,10 @@ def cross_validate(
         settings: of train.json; "{fold}" in a text becomes the fold's number.
 
     Returns:
-        How many runs failed.
+        How many runs failed; those that SIGTERM stopped have not.
 
     Raises:
+        SystemExit: with code 143 where none failed, but some were stopped.
         InputError: an unknown variant or setting, folds or settings unlike those of an earlier start, no Ray;
             see `scripts.data.check_output`.
     """
@@ -191,9 +198,21 @@ def cross_validate(
         failures = {}
     elif only is not None:
         with ThreadPoolExecutor(1) as one:
+
+            def stop(*_: Any) -> None:  # and leave when the training has saved its place
+                one.shutdown(wait=False, cancel_futures=True)
+                for process in RUNNING.copy():
+                    process.terminate()
+                sys.exit(128 + signal.SIGTERM)
+
+            before = signal.signal(signal.SIGTERM, stop)
             failures = watch(todo, {run.key: one.submit(run_fold, run, cores) for run in todo})
+            signal.signal(signal.SIGTERM, before)
     else:
         failures = watch(todo, on_ray(todo, address, cores))
     if only is None:
         print(f"\n{collect(runs, output)}\n\nTables: {output}/cases.csv, landmarks.csv, patients.csv, statistics.csv")
-    return len(failures)
+    stopped = sum(why.startswith(STOPPED) for why in failures.values())
+    if stopped == len(failures) > 0:
+        sys.exit(128 + signal.SIGTERM)
+    return len(failures) - stopped

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from monai.handlers import CheckpointLoader
 from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -118,7 +117,7 @@ class TrainingProgress:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._open)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._step)
-        engine.add_event_handler(Events.COMPLETED, lambda: self.bar.close())
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, lambda: self.bar.close())
 
     def _open(self, engine: Engine) -> None:
         total = engine.state.max_epochs * engine.state.epoch_length
@@ -147,35 +146,6 @@ class CosineDecay:
         done = (engine.state.iteration - 1) / (engine.state.max_epochs * engine.state.epoch_length)
         for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
             group["lr"] = highest * (1 + math.cos(math.pi * done)) / 2
-
-
-class SaveCheckpoints:
-    """Write `checkpoint_epoch=N.pt` after each epoch and keep the newest.
-
-    MONAI's `CheckpointSaver` writes in place: a process killed meanwhile leaves half a file under the newest name.
-
-    Args:
-        folder: where to write.
-        state: name -> object with a `state_dict`.
-        keep: how many.
-    """
-
-    def __init__(self, folder: str, state: Mapping[str, Any], keep: int = 2) -> None:
-        self.folder = Path(folder)
-        self.state = dict(state)
-        self.keep = keep
-        self.written: list[Path] = []
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
-
-    def _save(self, engine: Engine) -> None:
-        path = self.folder / f"checkpoint_epoch={engine.state.epoch}.pt"
-        with written_whole(path, "wb") as file:
-            torch.save({name: thing.state_dict() for name, thing in self.state.items()}, file)
-        self.written = [p for p in self.written if p != path] + [path]
-        while len(self.written) > self.keep:
-            self.written.pop(0).unlink(missing_ok=True)
 
 
 class SaveWeights:
@@ -209,35 +179,3 @@ def load_weights(path: str | None, network: nn.Module) -> None:
     """
     if path is not None:
         network.load_state_dict(torch.load(check_weights(path, network), map_location="cpu", weights_only=True))
-
-
-class ResumeLatest:
-    """Load the newest checkpoint of a run before it starts: network, optimiser, place in the draws, trainer's place.
-
-    One that cannot be read is passed over, with a warning, for the one before.
-
-    Args:
-        folder: where `SaveCheckpoints` wrote.
-        load_dict: name -> object, the same as was saved.
-
-    Raises:
-        InputError: no checkpoint in `folder`, or none that can be read.
-    """
-
-    def __init__(self, folder: str, load_dict: Mapping[str, Any]) -> None:
-        self.folder = Path(folder)
-        self.load_dict = dict(load_dict)
-
-    def attach(self, engine: Engine) -> None:
-        found = sorted(self.folder.glob("checkpoint_epoch=*.pt"), key=lambda p: int(p.stem.split("=")[1]))
-        if not found:
-            raise InputError(f"{self.folder}: no checkpoint to resume from; train without --resume first")
-        for path in reversed(found):
-            try:
-                torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # whatever a damaged file raises
-                warnings.warn(f"{path}: damaged, trying the one before ({type(error).__name__}: {error})", stacklevel=2)
-            else:
-                CheckpointLoader(str(path), self.load_dict).attach(engine)
-                return
-        raise InputError(f"{self.folder}: none of {len(found)} checkpoints can be read; remove them to train anew")

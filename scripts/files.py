@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from scripts.checks import InputError
+
 
 @contextmanager
 def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
@@ -18,22 +20,29 @@ def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
     Args:
         path: its folder is made if it does not exist.
         mode: "w", text in UTF-8 with line ends as they are written, or "wb".
+
+    Raises:
+        InputError: it cannot be written: a full disk, a folder that is read-only or that is a file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.partial")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with partial.open(mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name, too, is on the disk only when its folder is
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open(mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+        if os.name == "posix":  # the new name, too, is on the disk only when its folder is
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); mend that and run again") from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from scripts.plan import WEIGHTS, Run
 
+STOPPED = "stopped"
 BAR = re.compile(r"Training:[^\r\n]*? (\d+)/(\d+) \[[\d:]+<([\d:?]+),[^\r\n]*?loss=([^\]\r\n]+)\]")
 
 
@@ -17,7 +18,7 @@ def watch(runs: Sequence[Run], futures: Mapping[tuple[str, int], Future], interv
     """Show the runs until all have ended: a live table in a terminal, else a line for each change.
 
     Returns:
-        (variant, fold) -> why it failed.
+        (variant, fold) -> why it failed, or, beginning with "stopped", that it was told to stop.
     """
     live, failures, shown, drawn = sys.stdout.isatty(), {}, {}, 0
     known = {run.key: run.log.stat().st_size for run in runs if run.log.exists()}
@@ -35,7 +36,8 @@ def watch(runs: Sequence[Run], futures: Mapping[tuple[str, int], Future], interv
                 failure = f"{type(error).__name__}: {error}" if error else futures[key].result()
                 if failure:
                     failures[key] = failure
-                news.append(row(*key, "failed" if failure else "done") + (f"\n  {failure}" if failure else ""))
+                how = "done" if not failure else STOPPED if failure.startswith(STOPPED) else "failed"
+                news.append(row(*key, how) + (f"\n  {failure}" if failure else ""))
                 continue
             state, step, total, loss, left = progress(run, known.get(key, 0))
             if state != "waiting":
@@ -50,7 +52,8 @@ def watch(runs: Sequence[Run], futures: Mapping[tuple[str, int], Future], interv
             print(text)
         if live:
             waiting = len(runs) - len(ended) - len(lines)
-            lines = [HEADER, *lines, f"{len(ended)} of {len(runs)} ended, {len(failures)} failed, {waiting} waiting"]
+            bad = len(failures)
+            lines = [HEADER, *lines, f"{len(ended)} of {len(runs)} ended, {bad} failed or stopped, {waiting} waiting"]
             print("\n".join(lines))
             drawn = len(lines)
         sys.stdout.flush()

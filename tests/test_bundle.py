@@ -76,10 +76,11 @@ def test_training_with_a_learned_start_sees_the_glands_and_fine_tuning_starts_wh
     assert workflow.network_def.down[0].conv.conv.weight.shape[1] == 4
     weights = torch.load(tmp_path / "model.pt", weights_only=True)
     settings |= {"initial_weights": str(tmp_path / "model.pt"), "learning_rate": 0.0}
+    settings |= {"output_dir": str(tmp_path / "again"), "ckpt_dir": str(tmp_path / "again")}
     again = ConfigWorkflow(str(CONFIGS / "train.json"), logging_file=False, **settings)
     again.initialize()
     again.run()
-    found = torch.load(tmp_path / "model.pt", weights_only=True)
+    found = torch.load(tmp_path / "again" / "model.pt", weights_only=True)
     assert all(torch.equal(v, found[k]) for k, v in weights.items() if "norm.running" not in k and "tracked" not in k)
 
 

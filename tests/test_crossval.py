@@ -99,13 +99,21 @@ def test_a_killed_fold_and_a_killed_runner_leave_no_trace_in_the_tables(unsplit,
 
     again = run(*crossval(unsplit, killed, variants="baseline,delta0"))
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "--resume=True" in (first / LOG).read_text() and "Restored all variables" in (first / LOG).read_text()
+    assert "--resume=True" in (first / LOG).read_text() and "Resumed from" in (first / LOG).read_text()
     assert len(scores(killed / "cases.csv")) == 8 and "delta0           dsc    median" in again.stdout
     assert len(list(csv.DictReader((killed / "statistics.csv").open()))) == 2 * 5  # variants, metrics
 
     broken = tmp_path / "broken.yaml"
     broken.write_text("precision: half\n")
-    more = {"variants": f"baseline,{broken}", "only": "broken:0,baseline:0"}
+    more = {"variants": f"baseline,{broken}", "only": "baseline:0,broken:0"}
+    with told.open("w") as out:  # a scheduler tells the runner alone to stop
+        runner = subprocess.Popen([sys.executable, "-m", *crossval(unsplit, plain, **more)], cwd=ROOT, stdout=out)
+        stopped = plain / "runs" / "baseline" / "fold0"
+        wait_for(lambda: (stopped / LOG).exists() and "Training:" in (stopped / LOG).read_text())
+        runner.terminate()
+        assert runner.wait(60) == 143
+    assert not training_in(plain) and not (stopped / "model.pt").exists()
+    assert "stopped by SIGTERM after step" in (stopped / LOG).read_text()
     undisturbed = run(*crossval(unsplit, plain, **more))  # one after the other, without Ray
     assert undisturbed.returncode == 1 and "error: 1 failed" in undisturbed.stderr
     assert (
@@ -155,6 +163,9 @@ def test_a_checkpoint_is_resumed_from(tmp_path):
     [
         ({"train": "1 / 0"}, "training ended with exit code 1"),
         ({"train": "import os; os.kill(os.getpid(), 9)"}, "training was killed by SIGKILL"),
+        ({"train": "import os; os.kill(os.getpid(), 15)"}, "stopped: training got SIGTERM"),
+        ({"train": "import sys; sys.exit(143)"}, "stopped: training got SIGTERM"),
+        ({"evaluate": "import sys; sys.exit(143)"}, "stopped: evaluation got SIGTERM"),
         ({"evaluate": "1 / 0"}, "evaluation ended with exit code 1"),
         ({"cases": "ac"}, "evaluated 2 cases that are not the 2 of folds.json"),
     ],
@@ -188,15 +199,16 @@ def ended(value):
 
 
 def test_watching_reports_each_failure_and_waits_for_all(tmp_path, capsys):
-    runs = [a_run(tmp_path / str(k), fold=k) for k in range(3)]
-    futures = [ended(None), ended("training ended"), ended(RuntimeError("node lost"))]
-    failures = watch(runs, dict(zip([("baseline", k) for k in range(3)], futures, strict=True)))
-    assert failures == {("baseline", 1): "training ended", ("baseline", 2): "RuntimeError: node lost"}
+    runs = [a_run(tmp_path / str(k), fold=k) for k in range(4)]
+    futures = [ended(None), ended("training ended"), ended(RuntimeError("node lost")), ended("stopped: by SIGTERM")]
+    failures = watch(runs, dict(zip([("baseline", k) for k in range(4)], futures, strict=True)))
+    assert list(failures.values()) == ["training ended", "RuntimeError: node lost", "stopped: by SIGTERM"]
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[:3] for line in shown if line.startswith("baseline")] == [
         ["baseline", "0", "done"],
         ["baseline", "1", "failed"],
         ["baseline", "2", "failed"],
+        ["baseline", "3", "stopped"],
     ]
 
 

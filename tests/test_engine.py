@@ -9,7 +9,7 @@ from ignite.engine import Engine
 
 from scripts import engine
 from scripts.checks import InputError
-from scripts.engine import CosineDecay, PrecisionInferer, ResumeLatest, SaveCheckpoints
+from scripts.engine import CosineDecay, PrecisionInferer
 from scripts.networks import SummedDDFNet
 
 
@@ -120,47 +120,3 @@ def test_a_network_made_in_inference_mode_is_checked_too(hardware):
     inferer = PrecisionInferer("auto")
     inferer(x, net)
     assert inferer.used == "bfloat16"
-
-
-def trainer():
-    """An engine that counts in a parameter, and the state of both."""
-    net = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.zeros_(net.weight)
-    step = Engine(lambda engine, batch: net.weight.data.add_(1))
-    return step, net, {"network": net, "trainer": step}
-
-
-def test_the_newest_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over_aloud(tmp_path):
-    step, net, state = trainer()
-    SaveCheckpoints(str(tmp_path), state).attach(step)
-    step.run(range(3), max_epochs=4)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint_epoch=3.pt", "checkpoint_epoch=4.pt"]
-    newest = tmp_path / "checkpoint_epoch=4.pt"
-    newest.write_bytes(newest.read_bytes()[:100])
-    step, net, state = trainer()
-    step.state.max_epochs, step.state.epoch_length = 4, 3
-    with pytest.warns(UserWarning, match=r"checkpoint_epoch=4.pt: damaged, trying the one before"):
-        ResumeLatest(str(tmp_path), state).attach(step)
-    step.run(range(3), max_epochs=4)
-    assert net.weight.item() == 12  # nine of the file, three new ones
-    for path in tmp_path.iterdir():
-        path.write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(InputError, match="none of 2 checkpoints can be read"):
-        ResumeLatest(str(tmp_path), state).attach(step)
-
-
-def test_a_checkpoint_whose_writing_fails_leaves_the_name_to_the_one_before(tmp_path, monkeypatch):
-    step, _, state = trainer()
-    SaveCheckpoints(str(tmp_path), state).attach(step)
-    step.run(range(2), max_epochs=1)
-
-    def full(content, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        step.run(range(2), max_epochs=2)
-    (left,) = tmp_path.iterdir()  # nor does half a file stay under another name
-    assert left.name == "checkpoint_epoch=1.pt"
-    assert torch.load(left, weights_only=True)["network"]["weight"].sum() == 2

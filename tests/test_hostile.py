@@ -1,6 +1,7 @@
 """Hostile weights, configs, archives and names: each does nothing. What it would do is shown where it can be."""
 
 import contextlib
+import hashlib
 import json
 import pickle
 import shutil
@@ -10,6 +11,7 @@ import threading
 import zipfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +21,10 @@ from monai.apps import extractall
 from monai.bundle import ConfigParser, ConfigWorkflow, download
 
 from scripts.__main__ import register, run_config
+from scripts.checkpoints import Checkpoints
 from scripts.checks import SUMS, InputError, check_case_name, check_weights, refusal, sha256
 from scripts.config_check import judge, table
-from scripts.engine import ResumeLatest, load_weights
+from scripts.engine import load_weights
 from scripts.release import contents
 from scripts.start import FindGlandsd
 
@@ -74,7 +77,11 @@ def test_a_pickle_that_runs_code_is_refused_in_each_role(role, kind, canary, tmp
         elif role == "start_path":
             FindGlandsd(network, evil)({})
         else:
-            ResumeLatest(str(tmp_path), {"network": network}).attach(Engine(lambda engine, batch: None))
+            whole = Path(evil).read_bytes()
+            Path(evil).write_bytes(whole + hashlib.sha256(whole).digest())  # as if a training had written it
+            engine = Engine(lambda engine, batch: None)
+            Checkpoints(str(tmp_path), {"network": network}, resume=True).attach(engine)
+            engine.run([0], max_epochs=1)
 
 
 def test_register_refuses_such_weights_and_writes_nothing(canary, cohort, tmp_path):
