@@ -120,7 +120,8 @@ def save_overview(
         facts.insert(0, f"TRE {record['tre_before_mm']:.1f} → {record['tre_mm']:.1f} mm")
     if record.get("gland_dsc") is not None:
         facts.insert(0, f"gland DSC {record['gland_dsc_before']:.2f} → {record['gland_dsc']:.2f}")
-    facts[:0] = [f"CHECK: {flag}" for flag in record["flags"]]
+    flags = [f"CHECK: {flag.split(' (')[0]}" for flag in record["flags"]]  # two fit; their figures are in the record
+    facts[:0] = flags if len(flags) < 3 else [f"CHECK: {len(flags)} flags in qa.json", *flags[:1]]
     figures.overview(
         path,
         ras(item["original_fixed_image"].as_tensor())[0].numpy(),
