@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scripts.checks import InputError
+from scripts.checks import InputError, check_case_name
 
 FOLDERS = (  # (moving_image, fixed_image, moving_label, fixed_label)
     ("moving_images", "fixed_images", "moving_labels", "fixed_labels"),
@@ -165,6 +165,7 @@ def datalist(
         splits = {"train": _pairs_in_folder(root, labels)}
     for pairs in splits.values():
         for pair in pairs:
+            check_case_name(pair["case"])
             match = re.search(patient_pattern, pair["case"]) if patient_pattern else None
             if patient_pattern and not match:
                 raise InputError(f"{pair['case']}: the patient pattern {patient_pattern!r} does not match this case")

@@ -140,7 +140,7 @@ def _read_by_itk(path: str) -> tuple[np.ndarray, np.ndarray]:
     reader = ITKReader()
     image = reader.read(path)
     found = image.GetMetaDataDictionary()
-    uneven = found[UNEVEN] if found.HasKey(UNEVEN) else 0.0
+    uneven = float(found[UNEVEN]) if found.HasKey(UNEVEN) else 0.0  # text in NRRD
     if uneven > 0.1 * min(image.GetSpacing()):
         raise InputError(f"{path}: slices are unevenly spaced, by up to {uneven:.2f} mm; is one missing?")
     volume = EnsureChannelFirst()(MetaTensor.ensure_torch_and_prune_meta(*reader.get_data(image)))
