@@ -274,7 +274,7 @@ def interrupted(folder: Path, tries: int) -> list[str]:
 
     def train(name: str, **more: Any) -> subprocess.Popen:
         """Returned when it begins to train."""
-        settings = TRAINING | {"iterations": 15 * tries, "dataset_dir": data, "output_dir": folder / name} | more
+        settings = TRAINING | {"iterations": 6 * tries, "dataset_dir": data, "output_dir": folder / name} | more
         log.touch()
         before = log.stat().st_size
         process = start(log, "monai.bundle", "run", "--config_file", "configs/train.json", *flags(settings))
