@@ -20,6 +20,7 @@ bench: .venv/installed .venv-bench/installed  ## every comparison of docs/benchm
 
 faults: .venv/installed-test  ## processes, disks and files that fail, repeated; the table of docs/reliability.md
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/load.py
 
 PAIRWISE := $(foreach m,none nmi ncc ssd,$(m) $(m)+rigid $(m)+centroids)
 NETWORKS := baseline delta0 delta14 l2 msce prefilt no_additive global_net composite_net localnet
