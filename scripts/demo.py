@@ -104,7 +104,7 @@ def format_table(rows: list[dict]) -> str:
             f"{row['seconds']:.2f}",
         )
 
-    middle = {k: median(row[k] for row in rows) for k in rows[0] if k not in ("case", "patient")}
+    middle = {k: median(row[k] for row in rows) for k in rows[0] if k not in WORDS}
     lines = [COLUMNS, *(line(row["case"], row) for row in rows), line("median", middle)]
     widths = [max(len(cells[i]) for cells in lines) for i in range(len(COLUMNS))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip() for cells in lines)
