@@ -58,8 +58,8 @@ class EvaluationTable:
 
     def _add(self, engine: Engine) -> None:
         seconds = (time.perf_counter() - self._started) / len(engine.state.output)
-        inconsistencies = getattr(engine.inferer, "inconsistency", None) or [None] * len(engine.state.output)
-        for batch, output, inconsistency in zip(engine.state.batch, engine.state.output, inconsistencies, strict=True):
+        items = zip(engine.state.batch, engine.state.output, qa.inconsistencies(engine), strict=True)
+        for batch, output, inconsistency in items:
             item = {**batch, **output}
             fixed = item["original_fixed_label"]
             spacing = fixed.affine[:3, :3].norm(dim=0)

@@ -223,7 +223,7 @@ class SaveRegistrations:
 
     def _save(self, engine: Engine) -> None:
         known = self.provenance | {"precision": engine.inferer.used}
-        items = zip(engine.state.batch, engine.state.output, engine.inferer.inconsistency, strict=True)
+        items = zip(engine.state.batch, engine.state.output, qa.inconsistencies(engine), strict=True)
         for batch, output, inconsistency in items:
             item = {**batch, **output}
             folder = self.output_dir / check_case_name(item["case"]) if self.case_folders else self.output_dir

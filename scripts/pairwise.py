@@ -51,9 +51,8 @@ def _register(itk: Any, fixed: Any, moving: Any, path: str | Path) -> Any:
         raise InputError(f"{path}: no such elastix parameter map")
     parameters = itk.ParameterObject.New()
     parameters.ReadParameterFile(str(path))
-    threads = torch.get_num_threads()  # has to be said: left out, one thread does most of the work
-    return itk.elastix_registration_method(
-        fixed, moving, parameter_object=parameters, number_of_threads=threads, log_to_console=False
+    return itk.elastix_registration_method(  # with more than one thread elastix has crashed the process, beside torch
+        fixed, moving, parameter_object=parameters, number_of_threads=1, log_to_console=False
     )[1]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from ignite.engine import Engine
 from torch import Tensor
 
 from scripts import fields, metrics
@@ -28,6 +29,11 @@ DOUBTED = {  # what a figure beyond its limits means, in the words of a flag
     "growth": "a closer look at the {side} image finds a gland of another size",
     "cut_percent": "the {side} image does not show the whole gland",
 }
+
+
+def inconsistencies(engine: Engine) -> list[float | None]:
+    """What `scripts.refine.RefinedInferer` says of each pair of the batch; None where another inferer says nothing."""
+    return getattr(engine.inferer, "inconsistency", None) or [None] * len(engine.state.output)
 
 
 def deformation(item: Mapping[str, Any]) -> Tensor:
