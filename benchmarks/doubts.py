@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import io
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from scripts.__main__ import run_config  # noqa: E402
 from scripts.checks import refusal  # noqa: E402
 from scripts.data import datalist  # noqa: E402
 from scripts.phantom import write_cohort  # noqa: E402
+from scripts.statistics import read_cases  # noqa: E402
 
 WRONG = 8.0  # mm of true error, median over the gland: nearly twice the median of phantoms as they are
 Push = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -82,8 +82,7 @@ def outcome(pair: Mapping[str, str], folder: Path) -> dict[str, Any]:
         if refusal(error) is None:
             raise
         return {"refused": True}
-    with (folder / "cases.csv").open(encoding="utf-8") as file:
-        (row,) = csv.DictReader(file)
+    (row,) = read_cases(folder / "cases.csv").values()
     return {"refused": False, "error": float(row["true_error_mm"]), "flags": row["flags"]}
 
 

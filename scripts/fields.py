@@ -191,6 +191,11 @@ def transform_points(affine: Tensor, points: Tensor) -> Tensor:
     return torch.einsum("ij,bj...->bi...", affine[:3, :3], points) + affine[:3, 3].view(1, 3, 1, 1, 1)
 
 
+def world_grid(size: Sequence[int], affine: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """The voxels of a grid in its world: shape (1, 3, *size), float64, mm; `affine` is its voxel -> world, (4, 4)."""
+    return transform_points(affine.double(), identity_grid(size, torch.float64, device)[None])
+
+
 def displaced(displacement: Tensor, affine: Tensor, points: Tensor) -> Tensor:
     """Points moved by a displacement; beyond its grid it has the values of its border, see `covers`.
 
@@ -273,7 +278,7 @@ def world_displacement(ddf: Tensor, grid_affine: Tensor, start: Tensor, affine: 
     Returns:
         Shape (1, 3, *size), float64, RAS mm.
     """
-    x = transform_points(affine.double(), identity_grid(size, torch.float64, ddf.device)[None])
+    x = world_grid(size, affine, ddf.device)
     grid_affine = grid_affine.double().to(ddf.device)
     u = sample(ddf.double(), transform_points(torch.linalg.inv(grid_affine), x))
     moved = x + torch.einsum("ij,bj...->bi...", grid_affine[:3, :3], u)
@@ -292,8 +297,6 @@ def pull(moving: Tensor, moving_affine: Tensor, displacement: Tensor, affine: Te
     Returns:
         Shape (1, C, X', Y', Z'), float64; zero outside the moving volume.
     """
-    x = transform_points(
-        affine.double(), identity_grid(displacement.shape[2:], torch.float64, displacement.device)[None]
-    )
+    x = world_grid(displacement.shape[2:], affine, displacement.device)
     points = transform_points(torch.linalg.inv(moving_affine.double()), x + displacement)
     return sample(moving.double(), points, mode, padding_mode="outside")

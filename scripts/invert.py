@@ -37,8 +37,7 @@ def inverse_field(steps: Sequence[Step], affine: Tensor, size: Sequence[int]) ->
     Raises:
         InputError: it is known nowhere on the grid.
     """
-    points = fields.transform_points(affine, fields.identity_grid(size, torch.float64, "cpu")[None])
-    points = points.flatten(2)[..., None, None]
+    points = fields.world_grid(size, affine).flatten(2)[..., None, None]
     found, residual, known = [], [], []
     for part in tqdm(points.split(AT_ONCE, dim=2), desc="invert", disable=points.shape[2] <= AT_ONCE):
         to, off, status = backward(steps, part)

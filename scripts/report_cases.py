@@ -208,7 +208,7 @@ def maps_of(displacement: Tensor, start: Tensor, affine: Tensor) -> tuple[Tensor
         affine: voxel -> world of their grid, shape (4, 4).
     """
     size = displacement.shape[1:]
-    x = fields.transform_points(affine, fields.identity_grid(size, torch.float64, "cpu")[None])
+    x = fields.world_grid(size, affine)
     corners = x[0, :, :: size[0] - 1, :: size[1] - 1, :: size[2] - 1].flatten(1).T
     ends = corners + start[:, :: size[0] - 1, :: size[1] - 1, :: size[2] - 1].flatten(1).T
     matrix = torch.eye(4, dtype=torch.float64)

@@ -158,7 +158,7 @@ class PlanFixedGridd(MapTransform):
     def _pulled(self, data: Mapping[Hashable, MetaTensor], steps: Sequence[formats.Step]) -> dict:
         """A pair whose moving volumes went through a start that is no matrix, and that start as a displacement."""
         affine, size = data["fixed_image"].affine.double(), data["fixed_image"].shape[1:]
-        x = fields.transform_points(affine, fields.identity_grid(size, torch.float64, "cpu")[None])
+        x = fields.world_grid(size, affine)
         to, known = formats.forward(steps, x)
         if not known.all():
             percent = 100 * known.double().mean().item()
@@ -263,7 +263,7 @@ def to_original_grid(data: Mapping[Hashable, Tensor], ddf: Tensor) -> dict[str, 
     ddf = torch.as_tensor(ddf)[None].cpu()
     u = fields.world_displacement(ddf, data["grid_affine"].cpu(), data["start"].cpu(), affine, size)
     if "start_displacement" in data:
-        x = fields.transform_points(affine.double(), fields.identity_grid(size, torch.float64, "cpu")[None])
+        x = fields.world_grid(size, affine)
         u = fields.displaced(data["start_displacement"][None].cpu(), affine.double(), x + u) - x
     result = {"displacement": u[0]}
     for key in ("moving_image", "moving_label"):
