@@ -34,7 +34,7 @@ experiments: .venv/installed-test  ## every experiment of docs/experiments.md, t
 	$(BIN)/python -m scripts report runs/experiments_real
 	test -d runs/paper_cohort || $(BIN)/python -m scripts phantom --like_paper --seed 1 --output_dir runs/paper_cohort
 	$(CROSSVAL) --dataset_dir runs/paper_cohort --folds 12 --patient_pattern '(patient[0-9]+)_' --base experiments_phantoms \
-		--variants $(call joined,baseline delta0 global_net localnet start+fine_tune $(PAIRWISE)) --output_dir runs/experiments_phantoms
+		--variants $(call joined,baseline delta0 global_net start+fine_tune $(PAIRWISE)) --output_dir runs/experiments_phantoms
 	$(BIN)/python -m scripts report runs/experiments_phantoms
 
 release: .venv/installed  ## dist/prostate_mr_trus_registration_vVERSION.zip, as MONAI's model zoo wants it

@@ -47,6 +47,7 @@ MAPS = (
     "G: L2 norm of its\ngradients (no unit)",
 )
 LEFT, GAP, HEAD, TITLE, FOOT = 0.08, 0.08, 0.45, 0.5, 0.55  # inches
+HEADING, LINE = 72, 0.18  # characters that a row's heading has room for, inches a line of it takes
 
 
 def box_plot(values: Mapping[str, Sequence[float]], label: str, untrained: Sequence[str] = ()) -> Figure:
@@ -168,7 +169,9 @@ def _rows(
     sizes = [(np.array(e.images[0].shape) * e.spacing)[:2] for e in examples.values()]
     width = (WIDTH - 2 * LEFT - 2 * GAP) / 3
     tall = [width * float(np.clip(size[1] / size[0], 0.4, 1.6)) for size in sizes]
-    height = TITLE + sum(tall) + (HEAD + GAP) * len(tall) + (FOOT if colours else 0)
+    headings = ["\n".join(textwrap.fill(line, HEADING) for line in heading.splitlines()) for heading in examples]
+    heads = [HEAD + max(0, heading.count("\n") - 1) * LINE for heading in headings]  # two lines fit as it is
+    height = TITLE + sum(tall) + sum(heads) + GAP * len(tall) + (FOOT if colours else 0)
     with drawing:
         figure = Figure((WIDTH, height), DPI)
         y = height - TITLE
@@ -176,8 +179,8 @@ def _rows(
             x = LEFT + k * (width + GAP) + width / 2
             text = {"color": INK, "size": 11, "weight": "bold", "ha": "center", "va": "center"}
             figure.text(x / WIDTH, 1 - TITLE / 2 / height, title, **text)
-        for (heading, example), high, size in zip(examples.items(), tall, sizes, strict=True):
-            y -= HEAD
+        for heading, head, example, high, size in zip(headings, heads, examples.values(), tall, sizes, strict=True):
+            y -= head
             figure.text(LEFT / WIDTH, (y + 0.07) / height, heading, color=INK, size=10.5, parse_math=False)
             y -= high
             row = [_panel(figure, LEFT + k * (width + GAP), y, width, high) for k in range(3)]

@@ -22,6 +22,7 @@ from scripts.networks import SummedDDFNet
 from scripts.phantom import write_cohort
 from scripts.report import flag, report, typed
 from scripts.report_cases import choose, evaluation_of, maps_of
+from scripts.report_figures import png, slices
 from scripts.report_tables import number, patient_tre
 
 PICTURES = ("tre", "dsc", "true_error", "slices", "maps")
@@ -248,6 +249,20 @@ def test_figures_and_flags_are_written_to_be_read():
     assert typed("l2+mine", mine) == ("real_pairs_cpu", "l2+/x/mine.yaml")
     assert typed("baseline", mine[:2]) == ("real_pairs_cpu", "baseline") and typed("start", []) == ("", "start")
     assert shlex.split(flag("patient_pattern", "(p.)_")) == ["--patient_pattern", "'(p.)_'"]  # Fire reads a string
+
+
+def test_long_headings_of_a_row_lie_on_no_picture_and_are_not_cut_off():
+    volume = np.zeros((20, 16, 10))
+    volume[5:15, 4:12, 3:7] = 1
+    three, points = (volume,) * 3, (np.ones((1, 3)),) * 3
+    example = report_cases.Example(three, three, points, volume, volume, volume, np.ones(3))
+    long = "CHECK: the two glands that were found differ too much for one patient (start_stretch_min 0.579, limit 0.7)"
+    figure = slices({f"{name}: case\nDSC 0.4\n{long}\n{long}": example for name in ("best", "worst")})
+    png(figure)  # places the letters
+    headings = [t.get_window_extent() for t in figure.texts if "case" in t.get_text()]
+    assert len(headings) == 2
+    assert not any(a.overlaps(ax.get_window_extent()) for a in headings for ax in figure.axes)
+    assert all(0 < h.x0 and h.x1 < figure.bbox.x1 and h.y1 < figure.bbox.y1 for h in headings)
 
 
 # ---- refusals
