@@ -46,8 +46,8 @@ MAPS = (
     "D: length of the\ndisplacement (mm)",
     "G: L2 norm of its\ngradients (no unit)",
 )
-LEFT, GAP, HEAD, TITLE, FOOT = 0.08, 0.08, 0.45, 0.5, 0.55  # inches
-HEADING, LINE = 72, 0.18  # characters that a row's heading has room for, inches a line of it takes
+LEFT, GAP, HEAD, LINE, TITLE, FOOT = 0.08, 0.08, 0.09, 0.18, 0.5, 0.55  # inches; LINE is one of a row's heading
+HEADING = 72  # characters that fit on such a line
 
 
 def box_plot(values: Mapping[str, Sequence[float]], label: str, untrained: Sequence[str] = ()) -> Figure:
@@ -170,7 +170,7 @@ def _rows(
     width = (WIDTH - 2 * LEFT - 2 * GAP) / 3
     tall = [width * float(np.clip(size[1] / size[0], 0.4, 1.6)) for size in sizes]
     headings = ["\n".join(textwrap.fill(line, HEADING) for line in heading.splitlines()) for heading in examples]
-    heads = [HEAD + max(0, heading.count("\n") - 1) * LINE for heading in headings]  # two lines fit as it is
+    heads = [HEAD + LINE * len(heading.splitlines()) for heading in headings]
     height = TITLE + sum(tall) + sum(heads) + GAP * len(tall) + (FOOT if colours else 0)
     with drawing:
         figure = Figure((WIDTH, height), DPI)
