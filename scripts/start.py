@@ -145,11 +145,12 @@ def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], k
     matrix = torch.eye(4, dtype=torch.float64)
     if kind == "scaling":
         matrix[:3, :3] *= (torch.linalg.det(moving[1]) / torch.linalg.det(fixed[1])) ** (1 / 6)
-    elif kind == "affine":
+    elif kind in ("affine", "half affine"):
         root, inverse = _power(fixed[1], 0.5), _power(fixed[1], -0.5)
-        matrix[:3, :3] = inverse @ _power(root @ moving[1] @ root, 0.5) @ inverse
+        stretch = inverse @ _power(root @ moving[1] @ root, 0.5) @ inverse
+        matrix[:3, :3] = stretch if kind == "affine" else _power(stretch, 0.5)
     elif kind != "translation":
-        raise ValueError(f'kind must be "translation", "scaling" or "affine", got {kind!r}')
+        raise ValueError(f'kind must be "translation", "scaling", "affine" or "half affine", got {kind!r}')
     matrix[:3, 3] = moving[0] - matrix[:3, :3] @ fixed[0]
     return matrix
 
