@@ -114,7 +114,7 @@ def save_overview(
     }
     facts = [
         f"folded voxels {record['folded_percent']:.2f} %",
-        f"largest displacement {record['max_displacement_mm']:.1f} mm",
+        f"largest displacement from the start {record['max_displacement_mm']:.1f} mm",
     ]
     if record.get("tre_mm") is not None:
         facts.insert(0, f"TRE {record['tre_before_mm']:.1f} → {record['tre_mm']:.1f} mm")

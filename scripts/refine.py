@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.losses import DiffusionLoss
 from scipy.interpolate import BSpline
 from torch import Tensor, nn
 
 from scripts.checks import InputError
 from scripts.engine import PrecisionInferer
 from scripts.fields import compose
-from scripts.losses import BendingEnergy, LabelDrivenLoss, MultiscaleSquaredDiceLoss
+from scripts.losses import LabelDrivenLoss, MultiscaleSquaredDiceLoss
 
 
 def spline_matrix(size: int, apart: float) -> Tensor:
@@ -39,10 +40,12 @@ class RefinedInferer(PrecisionInferer):
     """`PrecisionInferer`, and in prediction the DDF of each pair is then fitted to the glands found in its images.
 
     What is added to the network's field is a free-form deformation of cubic B-splines. It minimises the objective of
-    Eq. (1)-(2) with the found glands, above one half, as the label: multiscale Dice plus α times the bending energy of
-    the sum. The Dice has squares in its denominator: equal glands are then its optimum, however soft or blurred, while
-    Eq. (4) of soft maps is better when the moving one is squeezed. No label of the pair is used, so it may be done on
-    any pair. A fit with no better objective than the network's field is dropped.
+    Eq. (1)-(2) with the found glands, above one half, as the label: multiscale Dice plus α times the mean squared
+    gradient of the sum (the paper's L2). Bending energy would not do: it does not see an affine map, and would bring
+    back all of the stretch between the found glands, most of which is error (docs/results.md). The Dice has squares in
+    its denominator: equal glands are then its optimum, however soft or blurred, while Eq. (4) of soft maps is better
+    when the moving one is squeezed. No label of the pair is used, so it may be done on any pair. A fit with no better
+    objective than the network's field is dropped.
 
     Where no network has moved anything, the pair is fitted once more with its images exchanged: one field after the
     other should lead back.
@@ -67,14 +70,14 @@ class RefinedInferer(PrecisionInferer):
         precision: str = "auto",
         tolerance: float = 0.05,
         steps: int = 30,
-        alpha: float = 0.5,
+        alpha: float = 16.0,
         apart: float = 8.0,
         scales: Sequence[float] = (0, 1, 2, 4),
     ) -> None:
         super().__init__(precision, tolerance)
         self.steps, self.apart = steps, apart
         self.inconsistency: list[float | None] = []
-        self.loss = LabelDrivenLoss(MultiscaleSquaredDiceLoss(scales), BendingEnergy(), alpha)
+        self.loss = LabelDrivenLoss(MultiscaleSquaredDiceLoss(scales), DiffusionLoss(), alpha)
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         ddf = super().__call__(inputs, network, *args, **kwargs)

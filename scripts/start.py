@@ -133,7 +133,7 @@ def close_up(gland: MetaTensor) -> tuple[Tensor, float]:
     return centre, CLOSE * 2 * math.sqrt(5 * torch.linalg.eigvalsh(covariance)[-1].item())
 
 
-def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], kind: str = "affine") -> Tensor:
+def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], kind: str = "half affine") -> Tensor:
     """Fixed world -> moving world, shape (4, 4), float64, that takes the fixed gland's centroid to the moving one's.
 
     Args:

@@ -130,7 +130,7 @@ class PlanFixedGridd(MapTransform):
         kind: of the learned start.
     """
 
-    def __init__(self, spacing: float | None | str = 0.8, start: str = "centre", kind: str = "affine") -> None:
+    def __init__(self, spacing: float | None | str = 0.8, start: str = "centre", kind: str = "half affine") -> None:
         super().__init__(KEYS, allow_missing_keys=True)
         self.by_gland = spacing == "gland"
         self.spacing = None if spacing in (None, "none", "gland") else float(spacing)
