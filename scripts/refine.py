@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,6 +113,8 @@ class RefinedInferer(PrecisionInferer):
             value.backward()
             return value
 
-        optimizer.step(objective)
-        fitted = (ddf + free_form(control, matrices)).detach()
-        return fitted if self.loss(fitted, targets) < self.loss(ddf, targets) else ddf
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Using a non-tuple sequence")  # MONAI's loss; nothing a user can mend
+            optimizer.step(objective)
+            fitted = (ddf + free_form(control, matrices)).detach()
+            return fitted if self.loss(fitted, targets) < self.loss(ddf, targets) else ddf

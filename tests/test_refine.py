@@ -58,6 +58,11 @@ def test_the_glands_come_to_lie_on_each_other_the_closer_the_less_smooth_and_not
     assert before < 0.8 and before + 0.05 < default < free and free > 0.95
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_user_is_warned_of_nothing_that_she_cannot_mend(pair):
+    RefinedInferer("float32", steps=2)(pair, NoField().eval())
+
+
 @pytest.mark.parametrize("sharper", [1, 0.1])  # an outline found with more or less doubt is still where it is
 def test_equal_glands_are_left_where_they_are(sharper):
     gland = ball((15.0, 14.0, 18.0), (10.0, 6.0, 10.0))
