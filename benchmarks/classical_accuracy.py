@@ -62,10 +62,11 @@ def rows(pairs: list[dict[str, str]], voxel_size: float | None) -> list[dict]:
         spacing = data["spacing"].tolist()
         if voxel_size is None and not math.isclose(min(spacing), max(spacing), rel_tol=1e-3):
             raise InputError(f"{pair['fixed_image']}: voxels of {spacing} mm are not cubes; pass --voxel_size")
+        at = identity_grid(images.shape[1:], torch.float32, "cpu")
+        volumes = torch.cat([moving, at])
         for tool in TOOLS:
-            at = identity_grid(images.shape[1:], torch.float32, "cpu")
-            warped = warped_by(tool, images, torch.cat([moving, at]), voxel_size or spacing[0])
-            label, to = (moving, at) if warped is None else warped.split([len(moving), 3])
+            warped = warped_by(tool, images, volumes, voxel_size or spacing[0])
+            label, to = (volumes if warped is None else warped).split([len(moving), 3])
             scores, labels = score_case(label, fixed, (1, 1, 1))
             scores = {k.replace("_mm", "_voxels"): v for k, v in scores.items()}
             if TRUTH in data:
@@ -89,11 +90,11 @@ def main() -> None:
     made = rows(datalist(arguments.pairs, "test"), arguments.voxel_size)
     if arguments.output:
         write_csv(arguments.output, made)
+    columns = [("gland DSC", "dsc", 2), ("TRE with gland, voxels", "tre_with_gland_voxels", 1)]
+    columns += [("TRE with gland, mm", "tre_with_gland_mm", 1), ("true error, mm", "true_error_mm", 1)]
     lines = []
     for tool in TOOLS:
         its = [row for row in made if row["tool"] == tool]
-        columns = [("gland DSC", "dsc", 2), ("TRE with gland, voxels", "tre_with_gland_voxels", 1)]
-        columns += [("TRE with gland, mm", "tre_with_gland_mm", 1), ("true error, mm", "true_error_mm", 1)]
         line = {"tool": tool}
         for name, key, n in columns:
             if key not in its[0]:

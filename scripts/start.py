@@ -140,7 +140,8 @@ def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], k
         fixed, moving: `moments` of the two glands.
         kind: "translation"; "scaling", with the cube root of the volumes' ratio; "affine", the one symmetric positive
             matrix that takes one covariance to the other (the optimal transport between two Gaussians): it scales along
-            the glands' own axes and never turns or mirrors.
+            the glands' own axes and never turns or mirrors; "half affine", its square root, since most of the stretch
+            between glands that networks find is error (docs/results.md).
     """
     matrix = torch.eye(4, dtype=torch.float64)
     if kind == "scaling":
