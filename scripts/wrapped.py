@@ -1,4 +1,4 @@
-"""Networks around networks, (B, C, X, Y, Z) -> DDF (B, 3, X, Y, Z) in voxels: for any size, or read as a velocity."""
+"""Networks around networks, (B, C, X, Y, Z) -> DDF (B, 3, X, Y, Z) in voxels: any size, a velocity, fewer channels."""
 
 from __future__ import annotations
 
@@ -42,3 +42,18 @@ class Integrated(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.integrate(self.network(image).float())
+
+
+class ImagesAlone(nn.Module):
+    """A network that sees the two images and not the glands that were found in them: what those are worth as input.
+
+    Args:
+        network: takes two channels.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image[:, :2])

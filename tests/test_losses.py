@@ -17,6 +17,7 @@ from scripts.losses import (
     MultiscaleDiceLoss,
     MultiscaleSquaredDiceLoss,
     PrefilteredLoss,
+    SignedDistanceLoss,
     WeightedSum,
     gaussian_matrix,
 )
@@ -560,3 +561,46 @@ def test_the_prefiltered_loss_takes_a_half_precision_ddf_and_refuses_labels_of_w
         loss(ddf, targets | {"fixed_label": targets["fixed_label"][:1]})
     with pytest.raises(ValueError, match="spacing"):
         loss(ddf, targets | {"spacing": torch.ones(3)})
+
+
+def ball(centre, radius, size=(40, 30, 20), mm=(2.0, 2.0, 2.0)):
+    """A ball, radius in mm and centre in voxels: its label (1, 1, X, Y, Z) and its exact signed distance (X, Y, Z)."""
+    at = [(np.arange(n) - c) * v for n, c, v in zip(size, centre, mm, strict=True)]
+    distance = np.sqrt(sum(x**2 for x in np.meshgrid(*at, indexing="ij"))) - radius
+    return torch.from_numpy(distance <= 0).double()[None, None], torch.from_numpy(distance)
+
+
+def test_signed_distances_of_a_ball_are_those_of_geometry():
+    label, exact = ball((20, 14, 10), 13.3)
+    found = SignedDistanceLoss(BendingEnergy(), reach=15).distances(label, torch.full((1, 3), 2.0))[0, 0]
+    assert (found - exact.clamp(-15, 15)).abs().max() < 1.2  # the surface lies somewhere between two voxels
+    assert torch.equal(found < 0, label[0, 0] > 0)
+
+
+def test_the_signed_distance_loss_is_zero_for_equal_labels_and_grows_with_the_shift_of_a_small_one():
+    loss, spacing, values = SignedDistanceLoss(BendingEnergy()), torch.full((1, 3), 2.0), []
+    fixed, _ = ball((12, 14, 10), 4)
+    for shift in range(0, 10, 2):
+        targets = {"moving_label": ball((12 + shift, 14, 10), 4)[0], "fixed_label": fixed, "spacing": spacing}
+        ddf = torch.zeros(1, 3, 40, 30, 20, dtype=torch.float64, requires_grad=True)
+        values.append(loss(ddf, targets))
+    assert values[0] < 1e-12 and all(b > a + 0.03 for a, b in zip(values, values[1:], strict=False))
+    values[-1].backward()  # 16 mm apart, 8 mm across: overlap would say nothing
+    assert ddf.grad[0, 0].sum() < 0  # the moving label lies at higher x, and the field pulls
+
+
+def test_the_gradient_of_the_signed_distance_loss_is_right():
+    moving, fixed = labels(batch=2, size=(5, 7, 6))
+    targets = {"moving_label": moving, "fixed_label": fixed, "spacing": torch.tensor(SPACINGS)}
+    ddf = torch.randn(2, 3, 5, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    loss = SignedDistanceLoss(BendingEnergy(), 0.1, 3)
+    assert torch.autograd.gradcheck(lambda u: loss(u, targets), ddf.requires_grad_())
+
+
+def test_a_label_that_left_the_grid_is_as_far_away_as_can_be():
+    fixed, _ = ball((20, 14, 10), 8)
+    targets = {"moving_label": 0 * fixed, "fixed_label": fixed, "spacing": torch.full((1, 3), 2.0)}
+    value = SignedDistanceLoss(BendingEnergy())(torch.zeros(1, 3, 40, 30, 20), targets)
+    assert 0.5 < value < 1.5 and value.isfinite()
+    with pytest.raises(ValueError, match="spacing"):
+        SignedDistanceLoss(BendingEnergy())(torch.zeros(1, 3, 40, 30, 20), targets | {"spacing": torch.ones(3)})

@@ -6,7 +6,7 @@ from monai.networks.nets import LocalNet
 from torch import nn
 
 from scripts.fields import jacobian_determinant, warp
-from scripts.wrapped import Integrated, Padded
+from scripts.wrapped import ImagesAlone, Integrated, Padded
 
 
 class Known(nn.Module):
@@ -54,3 +54,8 @@ def test_the_integrated_field_and_that_of_the_negative_velocity_undo_each_other(
     there, back = (Integrated(Known(v))(torch.rand(1, 2, 24, 24, 24)) for v in (velocity, -velocity))
     left = (back + warp(there, back, padding_mode="border"))[..., 6:-6, 6:-6, 6:-6]
     assert left.norm(dim=1).max() < 0.25 and there.norm(dim=1).max() > 1.5
+
+
+def test_images_alone_hides_the_glands():
+    image = torch.rand(2, 4, 8, 8, 8)
+    assert torch.equal(ImagesAlone(nn.Identity())(image), image[:, :2])
