@@ -67,7 +67,7 @@ BARRED = {
 }
 SCRIPTS = {  # modules of this bundle made for configs; the others run configs, start processes or replace folders
     *("checkpoints", "checks", "cohort", "data", "distributed", "engine", "evaluation", "failures", "gate", "losses"),
-    *("networks", "outputs", "pairwise", "refine", "start", "transforms", "wrapped"),
+    *("networks", "outputs", "pairwise", "pyramid", "refine", "start", "transforms", "wrapped"),
 }
 LOCATED = ("reader", "writer", "merger_cls")  # arguments whose text MONAI looks up and calls as it does `_target_`
 PATCHED = "changes what another config calls, with arguments that are not seen here"

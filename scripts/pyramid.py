@@ -1,8 +1,8 @@
 """A warping pyramid (not in the paper): features of either image, compared level by level where the field so far leads.
 
 The summed-DDF network sees both images as channels of one volume, so its first filters must match what has not been
-aligned yet. Here each image has an encoder of its own; from the coarsest level on, the moving features are warped by the
-field of the level before, correlated with the fixed ones over a small neighbourhood, and a residual field is added
+aligned yet. Here each image has an encoder of its own; from the coarsest level on, the moving features are warped by
+the field of the level before, correlated with the fixed ones over a small neighbourhood, and a residual field is added
 (PWC-Net, Sun et al., CVPR 2018; for volumes Dual-PRNet, Kang et al., MedIA 2022).
 """
 

@@ -30,6 +30,13 @@ SIDE = 32  # voxels of the network's cube along each axis
 CLOSE = 1.5  # the second look's cube, in lengths of the gland's longest diameter
 NOMINAL = 50.0  # mm, the longest diameter every gland is taken to have on a grid that is measured by the gland
 
+# of `align_likelihood`
+CONFIDENCE = 0.5  # factor on the networks' logits, which are surer than they should be
+LEAST = 0.02  # no voxel is less probable in or out of a gland
+GLAND = 0.3  # the share of gland where two observers are compared
+TOGETHER = 50  # neighbouring voxels that count as one observation
+STRETCH = 0.05  # standard deviation of the logarithm of the stretch along an axis
+
 
 def gland_network() -> nn.Sequential:
     """Cubes (B, 1, SIDE, SIDE, SIDE) -> logits of the gland, same shape: a residual U-Net.
@@ -151,18 +158,73 @@ def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], k
         stretch = inverse @ _power(root @ moving[1] @ root, 0.5) @ inverse
         matrix[:3, :3] = stretch if kind == "affine" else _power(stretch, 0.5)
     elif kind != "translation":
-        raise ValueError(f'kind must be "translation", "scaling", "affine" or "half affine", got {kind!r}')
+        raise ValueError(
+            f'kind must be "likelihood", "translation", "scaling", "affine" or "half affine", got {kind!r}'
+        )
     matrix[:3, 3] = moving[0] - matrix[:3, :3] @ fixed[0]
     return matrix
 
 
+def align_likelihood(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
+    """Fixed world -> moving world, shape (4, 4), float64, under which two soft glands are most likely one and the same.
+
+    The two networks' looks are two observers of one gland: with p and q what they say of a point, and π the share of
+    gland, p q / π + (1 − p)(1 − q) / (1 − π) is how much likelier it is that both saw the same point than that they saw
+    any two. The sum of its logarithm over the fixed map's grid, less the cost of a stretch, is made the largest. An end
+    of the gland that is seen without confidence says little, and the other edges decide, while moments take every
+    outline at its word. It stretches along the fixed grid's axes, and never turns or mirrors.
+
+    Args:
+        fixed, moving: probabilities (1, X, Y, Z), each with its own affine.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+
+        def evidence(gland: MetaTensor) -> Tensor:
+            logit = torch.logit(gland.as_tensor().clone().cpu().float(), 1e-4)
+            return LEAST + (1 - 2 * LEAST) * (CONFIDENCE * logit).sigmoid()[None]
+
+        p, q = evidence(fixed), evidence(moving)
+        to_world, to_moving = fixed.affine.double().cpu().clone(), torch.linalg.inv(moving.affine.double().cpu())
+        (centre, covariance), (target, _) = moments(fixed), moments(moving)
+        axes = to_world[:3, :3] / to_world[:3, :3].norm(dim=0)
+        radius = torch.linalg.det(covariance) ** (1 / 6)
+        # a little off: at whole voxels interpolation has kinks
+        found = torch.full((6,), 0.02, dtype=torch.float64, requires_grad=True)
+
+        def start() -> Tensor:
+            linear = axes @ torch.diag((STRETCH * found[3:]).exp()) @ torch.linalg.inv(axes)
+            shift = target + STRETCH * radius * found[:3] - linear @ centre
+            return torch.cat([torch.cat([linear, shift[:, None]], dim=1), torch.eye(4, dtype=torch.float64)[3:]])
+
+        optimizer = torch.optim.LBFGS([found], max_iter=60, tolerance_change=1e-7, line_search_fn="strong_wolfe")
+
+        def cost() -> Tensor:
+            optimizer.zero_grad()
+            seen = fields.resample(q, to_moving @ start() @ to_world, p.shape[2:])
+            same = p * seen / GLAND + (1 - p) * (1 - seen) / (1 - GLAND)
+            value = found[3:].square().sum() / 2 * TOGETHER / p.numel() - same.log().double().mean()
+            value.backward()
+            return value
+
+        optimizer.step(cost)
+        return start().detach()
+
+
+def align_glands(fixed: MetaTensor, moving: MetaTensor, kind: str) -> Tensor:
+    """The learned start between two glands found: "likelihood", or a kind of `align_moments`."""
+    if kind == "likelihood":
+        return align_likelihood(fixed, moving)
+    return align_moments(moments(fixed), moments(moving), kind)
+
+
 def largest_component(probability: Tensor) -> Tensor:
-    """A map (X, Y, Z) without what lies outside the largest connected region above one half; all zero without one."""
+    """A map (X, Y, Z) without its smaller regions above one half, and their rims; all zero without any region."""
     parts, count = ndimage.label((probability > 0.5).cpu().numpy())
     if not count:
         return torch.zeros_like(probability)
-    largest = ndimage.sum_labels(parts > 0, parts, range(1, count + 1)).argmax() + 1
-    return probability * torch.from_numpy(ndimage.binary_dilation(parts == largest)).to(probability.device)
+    largest = parts == ndimage.sum_labels(parts > 0, parts, range(1, count + 1)).argmax() + 1
+    others = ndimage.binary_dilation((parts > 0) & ~largest) & ~largest
+    return probability * torch.from_numpy(~others).to(probability.device)
 
 
 def mirrored_looks(networks: Sequence[nn.Module], cube: Tensor) -> Tensor:
@@ -201,8 +263,8 @@ def cut_percent(gland: Tensor, inside: Tensor) -> float:
 class FindGlandsd(Transform):
     """Add `moving_gland` and `fixed_gland`: the probability of the gland, found in each image by a network.
 
-    Each is a `MetaTensor` (1, SIDE, SIDE, SIDE) with its own affine (RAS mm): a cube around the gland, zero outside the
-    largest connected region. `moving_doubts` and `fixed_doubts` are what speaks against them, see `find`.
+    Each is a `MetaTensor` (1, SIDE, SIDE, SIDE) with its own affine (RAS mm): a cube around the gland, without smaller
+    regions than the largest. `moving_doubts` and `fixed_doubts` are what speaks against them, see `find`.
 
     Args:
         network: (B, 1, SIDE, SIDE, SIDE) -> logits of the gland, same shape.

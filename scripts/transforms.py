@@ -17,7 +17,18 @@ from torch import Tensor
 from scripts import checks, fields, formats
 from scripts.data import KEYS, TRUTH
 from scripts.pairwise import rigid_start
-from scripts.start import CLOSE, NOMINAL, SIDE, align_moments, close_up, coarsened, cube_affine, frame, moments
+from scripts.start import (
+    CLOSE,
+    NOMINAL,
+    SIDE,
+    align_glands,
+    align_moments,
+    close_up,
+    coarsened,
+    cube_affine,
+    frame,
+    moments,
+)
 from scripts.volumes import load_volume
 
 IMAGES, LABELS = KEYS[:2], KEYS[2:]
@@ -117,20 +128,22 @@ class PlanFixedGridd(MapTransform):
     """Plan the working grid: the fixed image's field of view in its own axes, reordered to RAS, isotropic.
 
     Resamples nothing. Adds `grid_affine` (4, 4), voxel -> world RAS mm, and its `grid_size`; `start` (4, 4), fixed
-    world -> moving world; `spacing` (3,) in mm. A start that is no matrix is `start_displacement` (3, X, Y, Z), RAS mm
-    on the fixed image's grid: the moving volumes are pulled onto that grid by it, and `start` is the identity.
+    world -> moving world; `start_stretch` (3,), by how much it stretches, but for a learned one by how much the glands
+    found differ, of which it takes a part; `spacing` (3,) in mm. A start that is no matrix is `start_displacement`
+    (3, X, Y, Z), RAS mm on the fixed image's grid: the moving volumes are pulled onto that grid by it, and `start` is
+    the identity.
 
     Args:
         spacing: voxel size of the working grid in mm; None or "none" keeps the fixed file's. "gland" measures by the
             fixed gland that was found: the cube of its second look, whose `spacing` is in the millimetres of a gland of
             nominal length, so that neither a small prostate nor a wrong voxel size in the headers changes anything; it
             needs the glands that `scripts.start.FindGlandsd` adds.
-        start: "learned", see `scripts.start.align_moments`, between the glands that `scripts.start.FindGlandsd` added;
+        start: "learned", see `scripts.start.align_glands`, between the glands that `scripts.start.FindGlandsd` added;
             "centroids", the labelled glands' centroids coincide, an oracle that only evaluates; or see `read_start`.
         kind: of the learned start.
     """
 
-    def __init__(self, spacing: float | None | str = 0.8, start: str = "centre", kind: str = "half affine") -> None:
+    def __init__(self, spacing: float | None | str = 0.8, start: str = "centre", kind: str = "likelihood") -> None:
         super().__init__(KEYS, allow_missing_keys=True)
         self.by_gland = spacing == "gland"
         self.spacing = None if spacing in (None, "none", "gland") else float(spacing)
@@ -139,9 +152,10 @@ class PlanFixedGridd(MapTransform):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         if self.by_gland and "fixed_gland" not in data:
             raise checks.InputError('spacing "gland" needs the glands that the weights of a learned start find')
-        start = torch.eye(4, dtype=torch.float64)
+        start, between = torch.eye(4, dtype=torch.float64), None
         if self.start == "learned":
-            start = align_moments(moments(data["fixed_gland"]), moments(data["moving_gland"]), self.kind)
+            start = align_glands(data["fixed_gland"], data["moving_gland"], self.kind)
+            between = align_moments(moments(data["fixed_gland"]), moments(data["moving_gland"]), "affine")
         elif self.start == "centroids":
             start = self._between_labels(data)
         else:
@@ -153,6 +167,7 @@ class PlanFixedGridd(MapTransform):
                     start = step @ start
         grid_affine, size, spacing = (self._around_gland if self.by_gland else self._field_of_view)(data)
         plan = {"grid_affine": grid_affine, "grid_size": size, "start": start, "spacing": spacing}
+        plan["start_stretch"] = torch.linalg.svdvals((start if between is None else between)[:3, :3])
         return dict(data) | self._without_aliasing(data, plan) | plan
 
     def _pulled(self, data: Mapping[Hashable, MetaTensor], steps: Sequence[formats.Step]) -> dict:

@@ -94,7 +94,7 @@ def test_a_killed_fold_and_a_killed_runner_leave_no_trace_in_the_tables(unsplit,
         wait_for(lambda: training_in(killed))
         runner.kill()
         runner.wait()
-    wait_for(lambda: not training_in(killed), 20)  # nothing trains on unseen
+    wait_for(lambda: not training_in(killed), 120)  # nothing trains on unseen
     assert not (first / "model.pt").exists() and not (killed / "cases.csv").exists()
 
     again = run(*crossval(unsplit, killed, variants="baseline,delta0"))

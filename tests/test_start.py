@@ -12,6 +12,7 @@ from scripts.cohort import RENEWAL, CohortLoader, GlandLoader, SimulatedPairs
 from scripts.start import (
     SIDE,
     FindGlandsd,
+    align_likelihood,
     align_moments,
     cube_affine,
     frame,
@@ -94,6 +95,45 @@ def test_the_start_takes_centroid_to_centroid_and_the_affine_one_covariance_to_c
 def test_equal_glands_leave_the_start_at_the_identity():
     same = torch.tensor([1.0, 2, 3]).double(), torch.diag(torch.tensor([4.0, 5, 6]).double())
     assert torch.allclose(align_moments(same, same), torch.eye(4, dtype=torch.float64))
+
+
+def soft_ellipsoid(centre, axes, size=(32, 32, 32), mm=2.2, softness=1.0):
+    """Probability of a gland on a cube that is 1, -1 and 0.5 mm off it, falling off over `softness` mm."""
+    affine = torch.diag(torch.tensor([mm, mm, mm, 1], dtype=torch.float64))
+    affine[:3, 3] = torch.tensor(centre) + torch.tensor([1, -1, 0.5]) - mm * (torch.tensor(size) - 1) / 2
+    points = affine[:3, :3] @ torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij")).flatten(1).double()
+    points = points + affine[:3, 3:] - torch.tensor(centre, dtype=torch.float64)[:, None]
+    out = (points / torch.tensor(axes, dtype=torch.float64)[:, None]).norm(dim=0) - 1
+    return MetaTensor((-out * min(axes) / softness).sigmoid().float().view(1, *size), affine=affine)
+
+
+def test_the_likeliest_start_finds_a_shift_and_part_of_a_stretch():
+    fixed = soft_ellipsoid((0, 0, 0), (22, 18, 16))
+    shifted = align_likelihood(fixed, soft_ellipsoid((7, -5, 3), (22, 18, 16)))
+    assert torch.allclose(shifted[:3, 3], torch.tensor([7.0, -5, 3]).double(), atol=0.2)
+    assert torch.allclose(shifted[:3, :3], torch.eye(3).double(), atol=0.02)
+    stretched = align_likelihood(fixed, soft_ellipsoid((7, -5, 3), (22 * 1.3, 18, 16)))
+    assert torch.allclose(stretched[:3, 3], torch.tensor([7.0, -5, 3]).double(), atol=0.3)
+    assert 1.04 < stretched[0, 0] < 1.25 and torch.allclose(stretched[1:3, 1:3], torch.eye(2).double(), atol=0.05)
+
+
+def test_an_end_that_is_seen_without_confidence_does_not_move_the_likeliest_start():
+    fixed, moving = soft_ellipsoid((0, 0, 0), (22, 18, 16)), soft_ellipsoid((7, -5, 3), (22, 18, 16))
+    values = moving.as_tensor().clone()
+    height = torch.arange(32).expand_as(values[0])
+    unsure = MetaTensor(torch.where(height > 19, values.clamp_max(0.45), values), affine=moving.affine)
+    starts = [align_likelihood(fixed, unsure), align_moments(moments(fixed), moments(unsure))]
+    likeliest, by_moments = (abs(start[2, 3].item() - 3) for start in starts)
+    assert likeliest < 0.3 and by_moments > 1
+
+
+def test_the_likeliest_start_turns_with_the_world():
+    fixed, moving = soft_ellipsoid((0, 0, 0), (22, 18, 16)), soft_ellipsoid((7, -5, 3), (25, 18, 15))
+    turn = turned((1, 1, 1), 0.3, (40, -7, 3))
+    turn = torch.as_tensor(turn, dtype=torch.float64)
+    there = [MetaTensor(volume.as_tensor(), affine=turn @ volume.affine) for volume in (fixed, moving)]
+    expected = turn @ align_likelihood(fixed, moving) @ torch.linalg.inv(turn)
+    assert torch.allclose(align_likelihood(*there), expected, atol=0.05)
 
 
 def test_an_unknown_kind_is_refused():
