@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from scripts.checks import InputError
 from scripts.engine import PrecisionInferer
-from scripts.fields import compose
-from scripts.losses import LabelDrivenLoss, MultiscaleSquaredDiceLoss
+from scripts.fields import compose, warp
+from scripts.likelihood import SameGlandLoss, evidence
 
 
 def spline_matrix(size: int, apart: float) -> Tensor:
@@ -40,13 +40,12 @@ def free_form(control: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 class RefinedInferer(PrecisionInferer):
     """`PrecisionInferer`, and in prediction the DDF of each pair is then fitted to the glands found in its images.
 
-    What is added to the network's field is a free-form deformation of cubic B-splines. It minimises the objective of
-    Eq. (1)-(2) with the found glands, above one half, as the label: multiscale Dice plus α times the mean squared
-    gradient of the sum (the paper's L2). Bending energy would not do: it does not see an affine map, and would bring
-    back all of the stretch between the found glands, most of which is error (docs/results.md). The Dice has squares in
-    its denominator: equal glands are then its optimum, however soft or blurred, while Eq. (4) of soft maps is better
-    when the moving one is squeezed. No label of the pair is used, so it may be done on any pair. A fit with no better
-    objective than the network's field is dropped.
+    What is added to the network's field is a free-form deformation of cubic B-splines. It minimises Eq. (1)-(2) with
+    the two soft glands in the label's place: how unlikely they are one and the same (`scripts.likelihood`), which is
+    also what the learned start minimises, plus α times the mean squared gradient of the sum (the paper's L2). Bending
+    energy would not do: it does not see an affine map, and would bring back all of the stretch between the found
+    glands, most of which is error (docs/results.md). No label of the pair is used, so it may be done on any pair. A fit
+    with no better objective than the network's field is dropped.
 
     Where no network has moved anything, the pair is fitted once more with its images exchanged: one field after the
     other should lead back.
@@ -56,7 +55,6 @@ class RefinedInferer(PrecisionInferer):
         steps: the most iterations of L-BFGS; 0 switches the refinement off.
         alpha: α.
         apart: between control points, voxels.
-        scales: of the Dice, voxels.
 
     Attributes:
         inconsistency: of each pair of the last call, the mean distance in voxels over the fixed gland that is left when
@@ -71,14 +69,13 @@ class RefinedInferer(PrecisionInferer):
         precision: str = "auto",
         tolerance: float = 0.05,
         steps: int = 30,
-        alpha: float = 16.0,
+        alpha: float = 8.0,
         apart: float = 8.0,
-        scales: Sequence[float] = (0, 1, 2, 4),
     ) -> None:
         super().__init__(precision, tolerance)
         self.steps, self.apart = steps, apart
         self.inconsistency: list[float | None] = []
-        self.loss = LabelDrivenLoss(MultiscaleSquaredDiceLoss(scales), DiffusionLoss(), alpha)
+        self.unlike, self.rough, self.alpha = SameGlandLoss(), DiffusionLoss(), alpha
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         ddf = super().__call__(inputs, network, *args, **kwargs)
@@ -100,16 +97,19 @@ class RefinedInferer(PrecisionInferer):
     @torch.inference_mode(False)
     @torch.enable_grad()
     def _fit(self, ddf: Tensor, glands: Tensor) -> Tensor:
-        ddf, (moving, fixed) = ddf.clone(), (glands > 0.5).float().split(1, dim=1)
-        targets = {"moving_label": moving, "fixed_label": fixed, "spacing": torch.ones(1, 3, dtype=torch.float64)}
+        ddf, (moving, fixed) = ddf.clone(), evidence(glands).split(1, dim=1)
         matrices = [spline_matrix(n, self.apart).to(ddf) for n in ddf.shape[2:]]
         # a quarter of a voxel off: on the voxels themselves, where no network has moved them, interpolation has kinks
         control = ddf.new_full((1, 3, *(m.shape[1] for m in matrices)), 0.25).requires_grad_()
         optimizer = torch.optim.LBFGS([control], max_iter=self.steps, line_search_fn="strong_wolfe")
 
+        def cost(field: Tensor) -> Tensor:
+            # beyond its border the moving gland is as it is there: nothing is gained by leaving the grid
+            return self.unlike(warp(moving, field, padding_mode="border"), fixed) + self.alpha * self.rough(field)
+
         def objective() -> Tensor:
             optimizer.zero_grad()
-            value = fixed.numel() * self.loss(ddf + free_form(control, matrices), targets)  # not lost in rounding
+            value = fixed.numel() * cost(ddf + free_form(control, matrices))  # not lost in rounding
             value.backward()
             return value
 
@@ -117,4 +117,4 @@ class RefinedInferer(PrecisionInferer):
             warnings.filterwarnings("ignore", "Using a non-tuple sequence")  # MONAI's loss; nothing a user can mend
             optimizer.step(objective)
             fitted = (ddf + free_form(control, matrices)).detach()
-            return fitted if self.loss(fitted, targets) < self.loss(ddf, targets) else ddf
+            return fitted if cost(fitted) < cost(ddf) else ddf

@@ -25,17 +25,13 @@ from torch.nn import functional as F
 from scripts import fields
 from scripts.checks import InputError
 from scripts.engine import load_weights
+from scripts.likelihood import SameGlandLoss, evidence
 
 SIDE = 32  # voxels of the network's cube along each axis
 CLOSE = 1.5  # the second look's cube, in lengths of the gland's longest diameter
 NOMINAL = 50.0  # mm, the longest diameter every gland is taken to have on a grid that is measured by the gland
-
-# of `align_likelihood`
-CONFIDENCE = 0.5  # factor on the networks' logits, which are surer than they should be
-LEAST = 0.02  # no voxel is less probable in or out of a gland
-GLAND = 0.3  # the share of gland where two observers are compared
-TOGETHER = 50  # neighbouring voxels that count as one observation
-STRETCH = 0.05  # standard deviation of the logarithm of the stretch along an axis
+STRETCH = 0.05  # standard deviation of the logarithm of the stretch along an axis, of the likeliest start
+TOGETHER = 50  # neighbouring voxels that count as one observation there
 
 
 def gland_network() -> nn.Sequential:
@@ -140,27 +136,23 @@ def close_up(gland: MetaTensor) -> tuple[Tensor, float]:
     return centre, CLOSE * 2 * math.sqrt(5 * torch.linalg.eigvalsh(covariance)[-1].item())
 
 
-def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], kind: str = "half affine") -> Tensor:
+def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], kind: str = "affine") -> Tensor:
     """Fixed world -> moving world, shape (4, 4), float64, that takes the fixed gland's centroid to the moving one's.
 
     Args:
         fixed, moving: `moments` of the two glands.
         kind: "translation"; "scaling", with the cube root of the volumes' ratio; "affine", the one symmetric positive
             matrix that takes one covariance to the other (the optimal transport between two Gaussians): it scales along
-            the glands' own axes and never turns or mirrors; "half affine", its square root, since most of the stretch
-            between glands that networks find is error (docs/results.md).
+            the glands' own axes and never turns or mirrors.
     """
     matrix = torch.eye(4, dtype=torch.float64)
     if kind == "scaling":
         matrix[:3, :3] *= (torch.linalg.det(moving[1]) / torch.linalg.det(fixed[1])) ** (1 / 6)
-    elif kind in ("affine", "half affine"):
+    elif kind == "affine":
         root, inverse = _power(fixed[1], 0.5), _power(fixed[1], -0.5)
-        stretch = inverse @ _power(root @ moving[1] @ root, 0.5) @ inverse
-        matrix[:3, :3] = stretch if kind == "affine" else _power(stretch, 0.5)
+        matrix[:3, :3] = inverse @ _power(root @ moving[1] @ root, 0.5) @ inverse
     elif kind != "translation":
-        raise ValueError(
-            f'kind must be "likelihood", "translation", "scaling", "affine" or "half affine", got {kind!r}'
-        )
+        raise ValueError(f'kind must be "likelihood", "translation", "scaling" or "affine", got {kind!r}')
     matrix[:3, 3] = moving[0] - matrix[:3, :3] @ fixed[0]
     return matrix
 
@@ -168,22 +160,14 @@ def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], k
 def align_likelihood(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
     """Fixed world -> moving world, shape (4, 4), float64, under which two soft glands are most likely one and the same.
 
-    The two networks' looks are two observers of one gland: with p and q what they say of a point, and π the share of
-    gland, p q / π + (1 − p)(1 − q) / (1 − π) is how much likelier it is that both saw the same point than that they saw
-    any two. The sum of its logarithm over the fixed map's grid, less the cost of a stretch, is made the largest. An end
-    of the gland that is seen without confidence says little, and the other edges decide, while moments take every
-    outline at its word. It stretches along the fixed grid's axes, and never turns or mirrors.
+    What is made the largest is `scripts.likelihood.SameGlandLoss`'s sum over the fixed map's grid, less the cost of a
+    stretch along its axes, the logarithm of a Gaussian. It never turns or mirrors.
 
     Args:
         fixed, moving: probabilities (1, X, Y, Z), each with its own affine.
     """
     with torch.inference_mode(False), torch.enable_grad():
-
-        def evidence(gland: MetaTensor) -> Tensor:
-            logit = torch.logit(gland.as_tensor().clone().cpu().float(), 1e-4)
-            return LEAST + (1 - 2 * LEAST) * (CONFIDENCE * logit).sigmoid()[None]
-
-        p, q = evidence(fixed), evidence(moving)
+        p, q = (evidence(gland.as_tensor().clone().cpu())[None] for gland in (fixed, moving))
         to_world, to_moving = fixed.affine.double().cpu().clone(), torch.linalg.inv(moving.affine.double().cpu())
         (centre, covariance), (target, _) = moments(fixed), moments(moving)
         axes = to_world[:3, :3] / to_world[:3, :3].norm(dim=0)
@@ -197,12 +181,12 @@ def align_likelihood(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
             return torch.cat([torch.cat([linear, shift[:, None]], dim=1), torch.eye(4, dtype=torch.float64)[3:]])
 
         optimizer = torch.optim.LBFGS([found], max_iter=60, tolerance_change=1e-7, line_search_fn="strong_wolfe")
+        unlike = SameGlandLoss()
 
         def cost() -> Tensor:
             optimizer.zero_grad()
             seen = fields.resample(q, to_moving @ start() @ to_world, p.shape[2:])
-            same = p * seen / GLAND + (1 - p) * (1 - seen) / (1 - GLAND)
-            value = found[3:].square().sum() / 2 * TOGETHER / p.numel() - same.log().double().mean()
+            value = unlike(seen, p) + found[3:].square().sum() / 2 * TOGETHER / p.numel()
             value.backward()
             return value
 

@@ -49,13 +49,13 @@ def test_a_free_form_deformation_follows_its_control_points_along_each_axis():
 def test_the_glands_come_to_lie_on_each_other_the_closer_the_less_smooth_and_nothing_folds(pair):
     moving, fixed = pair[:, 2:3], pair[:, 3:4]
     overlaps = [dice(moving >= 0.5, fixed >= 0.5).item()]
-    for smooth in ({}, {"alpha": 1.0}):
+    for smooth in ({}, {"alpha": 0.5}):
         with torch.inference_mode():  # as evaluators run it
             ddf = RefinedInferer("float32", **smooth)(pair, NoField().eval())
         overlaps.append(dice(warp(moving, ddf) >= 0.5, fixed >= 0.5).item())
         assert jacobian_determinant(ddf).min() > 0.2
     before, default, free = overlaps
-    assert before < 0.8 and before + 0.05 < default < free and free > 0.95
+    assert before < 0.8 and before + 0.05 < default < free and free > 0.93
 
 
 @pytest.mark.filterwarnings("error")
@@ -63,12 +63,12 @@ def test_a_user_is_warned_of_nothing_that_she_cannot_mend(pair):
     RefinedInferer("float32", steps=2)(pair, NoField().eval())
 
 
-@pytest.mark.parametrize("sharper", [1, 0.1])  # an outline found with more or less doubt is still where it is
+@pytest.mark.parametrize("sharper", [1, 0.3, 0.1])  # an outline found with more or less doubt is still where it is
 def test_equal_glands_are_left_where_they_are(sharper):
     gland = ball((15.0, 14.0, 18.0), (10.0, 6.0, 10.0))
     doubted = torch.sigmoid(sharper * torch.logit(gland, 1e-6))
     ddf = RefinedInferer("float32")(torch.cat([torch.rand(1, 2, *SIZE), doubted, gland], dim=1), NoField().eval())
-    assert ddf.norm(dim=1).max() < 0.3 and jacobian_determinant(ddf).min() > 0.9
+    assert ddf.norm(dim=1).max() < 0.2 and jacobian_determinant(ddf).min() > 0.94
 
 
 def test_it_starts_from_the_network_s_field(pair):

@@ -76,7 +76,7 @@ def test_moments_of_an_ellipsoid_are_its_centre_and_a_fifth_of_its_squared_axes(
     )
 
 
-@pytest.mark.parametrize("kind", ["translation", "scaling", "affine", "half affine"])
+@pytest.mark.parametrize("kind", ["translation", "scaling", "affine"])
 def test_the_start_takes_centroid_to_centroid_and_the_affine_one_covariance_to_covariance(kind):
     rng = torch.Generator().manual_seed(0)
     sides = [(torch.randn(3, generator=rng).double(), torch.randn(3, 5, generator=rng).double()) for _ in range(2)]
@@ -87,9 +87,8 @@ def test_the_start_takes_centroid_to_centroid_and_the_affine_one_covariance_to_c
     assert torch.allclose(linear, linear.T) and (torch.linalg.eigvalsh(linear) > 0).all()  # never turns or mirrors
     if kind == "scaling":
         assert torch.allclose(linear.det() ** 2, sm.det() / sf.det())
-    if "affine" in kind:
-        stretch = linear if kind == "affine" else linear @ linear
-        assert torch.allclose(stretch @ sf @ stretch.T, sm)
+    if kind == "affine":
+        assert torch.allclose(linear @ sf @ linear.T, sm)
 
 
 def test_equal_glands_leave_the_start_at_the_identity():
