@@ -126,6 +126,20 @@ def test_an_end_that_is_seen_without_confidence_does_not_move_the_likeliest_star
     assert likeliest < 0.3 and by_moments > 1
 
 
+def test_the_plan_says_how_much_the_glands_differ_not_what_the_start_takes_of_it():
+    moving, fixed = soft_ellipsoid((7, -5, 3), (22 * 1.3, 18, 16 / 1.2)), soft_ellipsoid((0, 0, 0), (22, 18, 16))
+    pair = {
+        f"{side}_{what}": gland for side, gland in (("moving", moving), ("fixed", fixed)) for what in ("image", "gland")
+    }
+    for kind in ("likelihood", "translation"):
+        plan = PlanFixedGridd(2.0, "learned", kind)(pair)
+        assert plan["start_stretch"].max() == pytest.approx(1.3, abs=0.02)
+        assert plan["start_stretch"].min() == pytest.approx(1 / 1.2, abs=0.02)
+        assert torch.linalg.svdvals(plan["start"][:3, :3]).max() < 1.2
+    centred = PlanFixedGridd(2.0, "centre")(pair)
+    assert torch.allclose(centred["start_stretch"], torch.ones(3).double())
+
+
 def test_the_likeliest_start_turns_with_the_world():
     fixed, moving = soft_ellipsoid((0, 0, 0), (22, 18, 16)), soft_ellipsoid((7, -5, 3), (25, 18, 15))
     turn = turned((1, 1, 1), 0.3, (40, -7, 3))
