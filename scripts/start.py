@@ -160,8 +160,9 @@ def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], k
 def align_likelihood(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
     """Fixed world -> moving world, shape (4, 4), float64, under which two soft glands are most likely one and the same.
 
-    What is made the largest is `scripts.likelihood.SameGlandLoss`'s sum over the fixed map's grid, less the cost of a
-    stretch along its axes, the logarithm of a Gaussian. It never turns or mirrors.
+    Translation and stretch along the fixed map's axes minimise `scripts.likelihood.SameGlandLoss` over its grid, every
+    `TOGETHER` voxels counted as one, plus half the square of each axis' log stretch in units of `STRETCH`: the largest
+    a posteriori probability with a Gaussian for the stretch. It never turns or mirrors.
 
     Args:
         fixed, moving: probabilities (1, X, Y, Z), each with its own affine.
