@@ -162,7 +162,8 @@ def align_likelihood(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
 
     Translation and stretch along the fixed map's axes minimise `scripts.likelihood.SameGlandLoss` over its grid, every
     `TOGETHER` voxels counted as one, plus half the square of each axis' log stretch in units of `STRETCH`: the largest
-    a posteriori probability with a Gaussian for the stretch. It never turns or mirrors.
+    a posteriori probability with a Gaussian for the stretch. Along no axis does it leave the centroids by more than the
+    gland's radius (of standard deviations), however little the maps say. It never turns or mirrors.
 
     Args:
         fixed, moving: probabilities (1, X, Y, Z), each with its own affine.
@@ -178,7 +179,7 @@ def align_likelihood(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
 
         def start() -> Tensor:
             linear = axes @ torch.diag((STRETCH * found[3:]).exp()) @ torch.linalg.inv(axes)
-            shift = target + STRETCH * radius * found[:3] - linear @ centre
+            shift = target + radius * (STRETCH * found[:3]).tanh() - linear @ centre
             return torch.cat([torch.cat([linear, shift[:, None]], dim=1), torch.eye(4, dtype=torch.float64)[3:]])
 
         optimizer = torch.optim.LBFGS([found], max_iter=60, tolerance_change=1e-7, line_search_fn="strong_wolfe")

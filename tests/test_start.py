@@ -126,6 +126,24 @@ def test_an_end_that_is_seen_without_confidence_does_not_move_the_likeliest_star
     assert likeliest < 0.3 and by_moments > 1
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_where_everything_is_gland_the_likeliest_start_keeps_near_the_centroids(seed):
+    generator = torch.Generator().manual_seed(seed)
+    whole = []
+    for mm, offset in ((2.0, 0.0), (2.5, 9.0)):
+        affine = torch.diag(torch.tensor([mm, mm, mm, 1], dtype=torch.float64))
+        affine[:3, 3] = offset
+        logits = 5 + torch.nn.functional.interpolate(
+            torch.randn(1, 1, 3, 3, 3, generator=generator), size=(32, 32, 32), mode="trilinear"
+        )
+        whole.append(MetaTensor(logits[0].sigmoid(), affine=affine))
+    fixed, moving = whole
+    (centre, covariance), (target, _) = moments(fixed), moments(moving)
+    start = align_likelihood(fixed, moving)
+    off = start[:3, :3] @ centre + start[:3, 3] - target
+    assert off.abs().max() <= torch.linalg.det(covariance) ** (1 / 6)
+
+
 def test_the_plan_says_how_much_the_glands_differ_not_what_the_start_takes_of_it():
     moving, fixed = soft_ellipsoid((7, -5, 3), (22 * 1.3, 18, 16 / 1.2)), soft_ellipsoid((0, 0, 0), (22, 18, 16))
     pair = {
