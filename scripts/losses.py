@@ -10,7 +10,7 @@ gradient is kept for the backward pass. They can be differentiated once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -397,6 +397,27 @@ class LabelDrivenLoss(nn.Module):
         return similarity + self.alpha * self.regulariser(ddf)
 
 
+def _maps_then_warp(
+    ddf: Tensor,
+    targets: Mapping[str, Tensor],
+    maps: Callable[[Tensor, Tensor], Tensor],
+    padding_mode: str = "zeros",
+) -> tuple[Tensor, Tensor]:
+    """Maps of the fixed label, and those of the moving label warped: what is made of both before the warp.
+
+    Args:
+        ddf, targets: as in `LabelDrivenLoss.forward`.
+        maps: of a label, called with it and the spacing.
+        padding_mode: of the warp.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+    moving, fixed, spacing = (targets[key] for key in ("moving_label", "fixed_label", "spacing"))
+    _check_labels(moving, fixed, spacing)
+    return maps(fixed, spacing), warp(maps(moving, spacing), ddf, padding_mode=padding_mode)
+
+
 class PrefilteredLoss(nn.Module):
     """The objective of Baseline-preFilt (§2.2, §3.2.2): both labels are filtered first, at every scale σ, the filtered
     moving maps are warped together, and the plain soft Dice, Eq. (4), of each scale is averaged.
@@ -426,9 +447,7 @@ class PrefilteredLoss(nn.Module):
             ValueError: the shapes do not fit together.
         """
         ddf = _at_least_float32(ddf)
-        moving, fixed, spacing = (targets[key] for key in ("moving_label", "fixed_label", "spacing"))
-        _check_labels(moving, fixed, spacing)
-        a, b = self.filtered(fixed, spacing), warp(self.filtered(moving, spacing), ddf)
+        a, b = _maps_then_warp(ddf, targets, self.filtered)
         dice = 2 * self._sum(a * b) / (self._sum(a) + self._sum(b)).clamp_min(1e-6)
         return 1 - dice.mean() + self.alpha * self.regulariser(ddf)
 
@@ -471,9 +490,7 @@ class SignedDistanceLoss(nn.Module):
             ValueError: the shapes do not fit together.
         """
         ddf = _at_least_float32(ddf)
-        moving, fixed, spacing = (targets[key] for key in ("moving_label", "fixed_label", "spacing"))
-        _check_labels(moving, fixed, spacing)
-        a, b = self.distances(fixed, spacing), warp(self.distances(moving, spacing), ddf, padding_mode="border")
+        a, b = _maps_then_warp(ddf, targets, self.distances, "border")
         near = (a < self.reach).flatten(1)
         apart = ((b - a).abs().flatten(1) * near).sum(1) / near.sum(1).clamp_min(1) / self.reach
         return apart.mean() + self.alpha * self.regulariser(ddf)
