@@ -1,13 +1,16 @@
 """How many wrong registrations are flagged: phantoms as they are, and pushed out of what the networks learned from.
 
 python benchmarks/doubts.py [--patients 40] [--seed 2031]    # phantoms that neither a training nor the limits have seen
+python benchmarks/doubts.py --start_path runs/a/start.pt runs/b/start.pt --cases doubts.csv    # networks of one's own
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import io
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -73,11 +76,11 @@ KINDS: dict[str, Push] = {
 }
 
 
-def outcome(pair: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    """True error in mm and flags of one registration; none where it is refused."""
+def outcome(pair: Mapping[str, str], folder: Path, **settings: Any) -> dict[str, Any]:
+    """True error in mm and flags of one registration under `settings` of evaluate.json; none where it is refused."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            run_config("evaluate.json", datalist=[dict(pair)], output_dir=str(folder))
+            run_config("evaluate.json", datalist=[dict(pair)], output_dir=str(folder), **settings)
     except Exception as error:
         if refusal(error) is None:
             raise
@@ -103,32 +106,44 @@ def row_of(kind: str, side: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main(patients: int, seed: int, pushed: int) -> None:
-    rows, everything = [], []
+def main(patients: int, seed: int, pushed: int, cases: str | None, **settings: Any) -> None:
+    sides = {"moving": "MR", "fixed": "TRUS"}
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         pairs = datalist(str(write_cohort(folder / "cohort", patients, seed, split=(0, 0, 1))), "test")
-        found = [outcome(pair, folder / "out") for pair in tqdm(pairs, desc="as they are", unit="pair")]
-        rows.append(row_of("as they are", "", found))
+        progress = tqdm(pairs, desc="as they are", unit="pair")
+        found["as they are", ""] = [outcome(pair, folder / "out", **settings) for pair in progress]
         random = np.random.default_rng(seed)
-        for kind, push in KINDS.items():
-            for side in ("moving", "fixed"):
-                found = []
-                for pair in tqdm(pairs[:pushed], desc=f"{kind}, {side}", unit="pair"):
-                    image = nib.load(pair[f"{side}_image"])
-                    changed = np.ascontiguousarray(push(image.get_fdata(dtype=np.float32), random), dtype=np.float32)
-                    nib.save(nib.Nifti1Image(changed, image.affine), folder / "pushed.nii.gz")
-                    found.append(outcome(dict(pair) | {f"{side}_image": str(folder / "pushed.nii.gz")}, folder / "out"))
-                rows.append(row_of(kind, {"moving": "MR", "fixed": "TRUS"}[side], found))
-                everything += found
-        rows.append(row_of("all that were pushed", "", everything))
-    print(table(rows))
+        for (kind, push), side in itertools.product(KINDS.items(), sides):
+            group = found.setdefault((kind, sides[side]), [])
+            for pair in tqdm(pairs[:pushed], desc=f"{kind}, {sides[side]}", unit="pair"):
+                image = nib.load(pair[f"{side}_image"])
+                changed = np.ascontiguousarray(push(image.get_fdata(dtype=np.float32), random), dtype=np.float32)
+                nib.save(nib.Nifti1Image(changed, image.affine), folder / "pushed.nii.gz")
+                pair = dict(pair) | {f"{side}_image": str(folder / "pushed.nii.gz")}
+                group.append(outcome(pair, folder / "out", **settings))
+    rows = [row_of(kind, side, group) for (kind, side), group in found.items()]
+    everything = [case for (_, side), group in found.items() if side for case in group]
+    print(table([*rows, row_of("all that were pushed", "", everything)]))
+    if cases:
+        with open(cases, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["phantoms", "image", "refused", "error", "flags"])
+            writer.writeheader()
+            for (kind, side), group in found.items():
+                writer.writerows({"phantoms": kind, "image": side} | case for case in group)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patients", type=int, default=40)
     parser.add_argument("--seed", type=int, default=2031)
     parser.add_argument("--pushed", type=int, default=10, help="patients of each kind and side")
-    arguments = parser.parse_args()
-    main(arguments.patients, arguments.seed, arguments.pushed)
+    parser.add_argument(
+        "--start_path", nargs="+", help="the networks of the learned start, instead of the shipped ones"
+    )
+    parser.add_argument("--cases", help="a table of every registration, with its error in mm and its flags (CSV)")
+    given = vars(parser.parse_args())
+    if given["start_path"] is None:
+        del given["start_path"]
+    main(**given)

@@ -297,7 +297,8 @@ class GlandLoader(CohortLoader):
     Every second cube is the whole volume, the others are close to the gland, as the first and the second look see it,
     and each lies at random: moved, turned, stretched, mirrored left to right, nearer or farther. Every second simulated
     volume is turned by a quarter about the long axis: public data sets have headers whose first axis is
-    called left-right but runs front to back. Grey levels are bent, blurred and made noisy.
+    called left-right but runs front to back. Grey levels are bent, blurred and made noisy. A share of the cubes shows
+    the body upside down, back to front, or both, as wrong headers do: there is no gland to find in these.
 
     A batch is a dictionary: `image` and `label` (B, 1, SIDE, SIDE, SIDE), on the device; `case`, a list.
 
@@ -308,13 +309,20 @@ class GlandLoader(CohortLoader):
         seed: of the draws.
         left_right: which of the cohort's axes, in the order nearest to RAS, runs from left to right: 0 where headers
             tell the truth, 1 in label-reg's public sample.
+        wrong_way: the share of cubes that are upside down or back to front.
     """
 
     def __init__(
-        self, *arguments: Any, augmentation: float = 1.0, seed: int = 0, left_right: int = 0, **named: Any
+        self,
+        *arguments: Any,
+        augmentation: float = 1.0,
+        seed: int = 0,
+        left_right: int = 0,
+        wrong_way: float = 0.0,
+        **named: Any,
     ) -> None:
         super().__init__(*arguments, augmentation=augmentation, seed=seed, **named)
-        self.left_right = left_right
+        self.left_right, self.wrong_way = left_right, wrong_way
         self.noise = torch.Generator(self.device).manual_seed(seed)
 
     def state_dict(self) -> dict[str, Any]:
@@ -342,15 +350,16 @@ class GlandLoader(CohortLoader):
             drawn = [self._draw(SIDES[i % 2]) for i in range(self.batch_size)]
             bends = [self._draw_bend() for _ in drawn if self.augmentation]
             self.pool.renew()
-            cases, volumes, affines = zip(*drawn[self.mine], strict=True)
+            cases, volumes, affines, right_way = zip(*drawn[self.mine], strict=True)
             cubes = torch.cat([on_cube(*pair) for pair in zip(volumes, affines, strict=True)])
             image, label = cubes.split(1, dim=1)
+            label = label * torch.tensor(right_way).to(label)[:, None, None, None, None]
             if bends:
                 image = torch.cat([self._bend(cube, *bend) for cube, bend in zip(image, bends[self.mine], strict=True)])
             yield {"image": standardised(image), "label": label, "case": list(cases)}
 
-    def _draw(self, side: str) -> tuple[str, MetaTensor, Tensor]:
-        """A case, its volume with its gland (2, X, Y, Z), and voxel -> world of a random cube in it."""
+    def _draw(self, side: str) -> tuple[str, MetaTensor, Tensor, bool]:
+        """A case, its volume with its gland (2, X, Y, Z), voxel -> world of a random cube, and is it the right way?"""
         pair, strength = self.pool.draw(self.random), self.augmentation
         centre, axes, length = pair[f"{side}_frame"]
         near = strength and self.random.random() < 0.5  # as the second look sees it
@@ -360,12 +369,17 @@ class GlandLoader(CohortLoader):
         if strength and pair["simulated"] and self.random.random() < 0.5:
             turn = turn * Rotation.from_rotvec([0, 0, -90], degrees=True)  # first axis: towards the rectum
         stretch = np.exp(self.random.normal(0, 0.08 * strength, 3))
+        left_right = 0 if pair["simulated"] else self.left_right
         if strength and self.random.random() < 0.5:
-            stretch[0 if pair["simulated"] else self.left_right] *= -1
+            stretch[left_right] *= -1
+        wrong = [[2], [1 - left_right], [2, 1 - left_right]]
+        right_way = not self.wrong_way or self.random.random() >= self.wrong_way
+        if not right_way:
+            stretch[wrong[self.random.integers(3)]] *= -1
         axes = axes @ torch.from_numpy(np.diag(stretch) @ turn.as_matrix())
         shift = torch.from_numpy(self.random.uniform(-0.1, 0.1, 3) * strength * length)
         nearer = np.exp(self.random.uniform(-0.25 if near else -0.35, 0.2) * strength)
-        return pair["case"], pair[side], cube_affine(centre + shift, axes, length * nearer)
+        return pair["case"], pair[side], cube_affine(centre + shift, axes, length * nearer), right_way
 
     def _draw_bend(self) -> tuple[float, np.ndarray, float | None, Tensor]:
         """How the grey levels of one cube change: gamma, slope along each axis, sigma of a blur, noise."""

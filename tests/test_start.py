@@ -331,6 +331,24 @@ def test_augmentation_moves_image_and_gland_alike(simulated):
             assert abs(torch.corrcoef(torch.stack([image.flatten(), label.flatten()]))[0, 1]) > 0.6
 
 
+@pytest.mark.parametrize(("left_right", "front_back"), [(0, 1), (1, 0)])
+def test_the_wrong_way_is_upside_down_or_back_to_front_without_a_gland_and_never_another_mirror(left_right, front_back):
+    noise = MetaTensor(torch.rand((1, 9, 9, 9), generator=torch.Generator().manual_seed(0)), affine=torch.eye(4))
+    pair = planned() | {"moving_image": noise, "fixed_image": noise}
+    pair |= {f"{side}_label": (noise > 0.5).float() for side in ("moving", "fixed")}
+    (right,) = GlandLoader([pair], 1, 1, "cpu", augmentation=0)
+    assert right["label"].any()
+    ways = [right["image"].flip([2 + axis for axis in axes]) for axes in ([2], [front_back], [2, front_back])]
+    met = set()
+    for batch in GlandLoader([pair], 1, 30, "cpu", augmentation=0, left_right=left_right, wrong_way=1):
+        (way,) = [i for i, way in enumerate(ways) if torch.allclose(way, batch["image"], atol=1e-5)]
+        assert not batch["label"].any()
+        met.add(way)
+    assert met == {0, 1, 2}
+    some = GlandLoader([pair], 4, 40, "cpu", wrong_way=0.25)
+    assert 0.65 < np.mean([batch["label"].flatten(1).any(1).float().mean() for batch in some]) < 0.85
+
+
 def test_the_same_seed_gives_the_same_batches():
     loaders = [GlandLoader([planned()], 2, 3, "cpu", seed=5) for _ in range(2)]
     for one, two in zip(*loaders, strict=True):
