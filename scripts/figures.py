@@ -50,6 +50,7 @@ def overview(
     gland_before: ArrayLike | None = None,
     gland_after: ArrayLike | None = None,
     facts: Sequence[str] = (),
+    gland_name: str = "gland",
 ) -> None:
     """Write one PNG, 1500 pixels wide, that shows one registered case in three planes.
 
@@ -63,6 +64,7 @@ def overview(
         spacing: voxel size (x, y, z) in mm.
         fixed_gland, gland_before, gland_after: glands in [0, 1], shape (X, Y, Z), outlined at 0.5.
         facts: short phrases for the title, e.g. "gland DSC 0.64 → 0.91".
+        gland_name: what the legend calls the outlines.
     Raises:
         ValueError: an argument has the wrong shape or holds a value that is not finite.
     """
@@ -141,9 +143,9 @@ def overview(
                 if column == 4 and row == 0:
                     _draw_colour_bar(ax, colours)
         _draw_title(figure, "MR to TRUS registration", facts)
-        names = ((FIXED, "gland on TRUS", [fixed_gland]), (MOVING, "gland on MR", [gland_before, gland_after]))
+        names = ((FIXED, "TRUS", [fixed_gland]), (MOVING, "MR", [gland_before, gland_after]))
         handles = [
-            Line2D([], [], color=colour, linestyle=dash, linewidth=2, label=name)
+            Line2D([], [], color=colour, linestyle=dash, linewidth=2, label=f"{gland_name} on {name}")
             for (colour, dash), name, glands in names
             if any(gland is not None for gland in glands)
         ]

@@ -20,7 +20,7 @@ from monai.transforms import Orientation
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from scripts import figures, formats, qa
+from scripts import fields, figures, formats, qa
 from scripts.checks import InputError, check_case_name, sha256
 from scripts.files import alone_in
 from scripts.transforms import to_original_grid
@@ -97,7 +97,10 @@ def save_displacement(path: Path, displacement: np.ndarray, affine: np.ndarray) 
 def save_overview(
     path: Path, item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor, record: Mapping[str, Any]
 ) -> None:
-    """Draw `scripts.figures.overview` for one case on the original fixed grid, in axes RAS; see `scripts.qa`."""
+    """Draw `scripts.figures.overview` for one case on the original fixed grid, in axes RAS; see `scripts.qa`.
+
+    Without labels its outlines are those of the glands that a learned start found.
+    """
     affine = item["original_fixed_image"].affine.double()
     reorient = Orientation(axcodes="RAS", labels=None)
 
@@ -112,6 +115,9 @@ def save_overview(
         "gland_before": before.get("moving_label"),
         "gland_after": item.get("warped_moving_label"),
     }
+    found = len(item["image"]) == 4 and all(gland is None for gland in glands.values())
+    if found:
+        glands = glands_found(item)
     facts = [
         f"folded voxels {record['folded_percent']:.2f} %",
         f"largest displacement from the start {record['max_displacement_mm']:.1f} mm",
@@ -130,8 +136,20 @@ def save_overview(
         ddf.numpy(),
         world.affine[:3, :3].norm(dim=0).tolist(),
         facts=facts,
+        gland_name="gland found" if found else "gland",
         **{k: ras(torch.as_tensor(v)[:1].float())[0].numpy() for k, v in glands.items() if v is not None},
     )
+
+
+def glands_found(item: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The glands in the network's input on the original fixed grid, for `scripts.figures.overview`, (1, X, Y, Z)."""
+    image, ddf = (torch.as_tensor(item[key])[None].cpu().float() for key in ("image", "pred"))
+    start, fixed = image[:, 2:3], image[:, 3:4]
+    on_grid = torch.cat([fixed, start, fields.warp(start, ddf)], dim=1)
+    affine, size = item["original_fixed_image"].affine.double(), item["original_fixed_image"].shape[1:]
+    to_grid = torch.linalg.inv(item["grid_affine"].cpu().double()) @ affine
+    there = fields.resample(on_grid, to_grid, size, padding_mode="outside")[0]
+    return dict(zip(("fixed_gland", "gland_before", "gland_after"), there.split(1), strict=True))
 
 
 def save_registration(

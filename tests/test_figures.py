@@ -87,6 +87,12 @@ def test_overview_without_glands_has_no_legend(tmp_path, case, drawn):
     assert [len(figure.legends) for figure in drawn] == [1, 0]
 
 
+def test_the_legend_says_whose_glands_are_outlined(tmp_path, case, drawn):
+    overview(tmp_path / "case.png", **case, gland_name="gland found")
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["gland found on TRUS", "gland found on MR"]
+
+
 def test_overview_shows_the_facts_and_always_the_footer(tmp_path, case, drawn):
     overview(tmp_path / "facts.png", **case)
     overview(tmp_path / "plain.png", **{**case, "facts": ()})

@@ -9,6 +9,7 @@ from torch import nn
 from scripts import fields
 from scripts.checks import InputError
 from scripts.cohort import RENEWAL, CohortLoader, GlandLoader, SimulatedPairs
+from scripts.outputs import glands_found
 from scripts.start import (
     SIDE,
     FindGlandsd,
@@ -21,7 +22,7 @@ from scripts.start import (
     moments,
     on_cube,
 )
-from scripts.transforms import OntoFixedGridd, PlanFixedGridd
+from scripts.transforms import KeepOriginalsd, OntoFixedGridd, PlanFixedGridd, ToOriginalGridd, to_original_grid
 
 
 def turned(spacing, angle, origin=(0, 0, 0), flips=(1, 1, 1)):
@@ -261,6 +262,23 @@ def test_the_glands_become_channels_of_the_networks_input_on_the_fixed_grid(weig
     for channel in (0, 2, 3):  # moving, its gland and the fixed gland, all where the fixed image is
         a, b = image[channel] > 0.5, image[1] > 0.5
         assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.9
+
+
+@pytest.mark.parametrize("spacing", ["gland", 1.7])
+def test_the_outlines_of_the_overview_are_the_glands_found_where_the_written_field_takes_them(spacing, weights):
+    moving, fixed = turned((1.1, 0.9, 1.6), 0.3, flips=(-1, -1, 1)), turned((1.2, 0.8, 1), -0.2, (60, 5, 9))
+    pair = {"moving_image": ellipsoid((50, 54, 34), moving, (-25, -27, 22), (12, 9, 8))}
+    pair["fixed_image"] = ellipsoid((40, 56, 44), fixed, (93, 24, 32), (11, 10, 8))
+    d = OntoFixedGridd(spacing, "learned")(KeepOriginalsd()(FindGlandsd(Bright(), weights)(pair)))
+    x = torch.linspace(0, 3, d["image"].shape[1])[:, None, None].expand(d["image"].shape[1:])
+    d = ToOriginalGridd()(d | {"pred": torch.stack([x.sin(), 0 * x, x.cos()])})
+    drawn = glands_found(d)
+    true = {"fixed_gland": d["original_fixed_image"], "gland_after": d["warped_moving_image"]}
+    true["gland_before"] = to_original_grid(d, torch.zeros_like(d["pred"]))["moving_image"]
+    for name, gland in drawn.items():
+        a, b = gland > 0.5, torch.as_tensor(true[name]) > 0.5
+        assert a.shape == b.shape == (1, 40, 56, 44)
+        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.93, name
 
 
 def test_training_batches_hold_the_same_input_as_registration(weights):
