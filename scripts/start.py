@@ -112,7 +112,10 @@ def standardised(cube: Tensor) -> Tensor:
 
 
 def moments(gland: MetaTensor) -> tuple[Tensor, Tensor]:
-    """Centroid (3,) in mm and covariance (3, 3) in mm² of where a map (1, X, Y, Z) is above one half, in its world."""
+    """Centroid (3,) in mm and covariance (3, 3) in mm² of where a map (1, X, Y, Z) is above one half, in its world.
+
+    Voxels count as the bodies they are, not as their centres: even a single one has an extent.
+    """
     affine = gland.affine.double().cpu()
     points = fields.identity_grid(gland.shape[1:], torch.float64, "cpu").flatten(1)
     points = affine[:3, :3] @ points + affine[:3, 3:]
@@ -120,7 +123,7 @@ def moments(gland: MetaTensor) -> tuple[Tensor, Tensor]:
     weight = weight / weight.sum()
     centroid = points @ weight
     apart = points - centroid[:, None]
-    return centroid, apart * weight @ apart.T
+    return centroid, apart * weight @ apart.T + affine[:3, :3] @ affine[:3, :3].T / 12
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:

@@ -77,6 +77,16 @@ def test_moments_of_an_ellipsoid_are_its_centre_and_a_fifth_of_its_squared_axes(
     )
 
 
+@pytest.mark.parametrize("size", [(1, 1, 1), (4, 2, 3)])
+def test_moments_of_voxels_are_those_of_the_body_they_make(size):
+    affine = turned((0.7, 0.9, 2.5), 0.4, (5, -3, 2), flips=(-1, 1, 1))
+    box = torch.zeros(1, 9, 9, 9)
+    box[0, 2 : 2 + size[0], 3 : 3 + size[1], 5 : 5 + size[2]] = 1
+    _, covariance = moments(MetaTensor(box, affine=affine))
+    edges = affine[:3, :3] * torch.tensor(size, dtype=torch.float64)
+    assert torch.allclose(covariance, edges @ edges.T / 12, atol=1e-9)  # a box of uniform density
+
+
 @pytest.mark.parametrize("kind", ["translation", "scaling", "affine"])
 def test_the_start_takes_centroid_to_centroid_and_the_affine_one_covariance_to_covariance(kind):
     rng = torch.Generator().manual_seed(0)
@@ -251,6 +261,18 @@ def test_an_image_without_a_gland_is_refused_by_name(weights):
         start_of(empty, gland, weights)
     with pytest.raises(InputError, match="mr.nii: no prostate found"):
         FindGlandsd(Bright(), weights)({"moving_image": empty, "fixed_image": gland, "moving_file": "mr.nii"})
+
+
+def test_a_gland_of_one_voxel_is_no_crash(tmp_path):
+    class Brightest(Bright):
+        def forward(self, x):
+            return self.gain * (2.0 * (x == x.amax((2, 3, 4), keepdim=True)) - 1)
+
+    torch.save(Brightest().state_dict(), tmp_path / "start.pt")
+    volume = MetaTensor(torch.rand((1, 40, 40, 40), generator=torch.Generator().manual_seed(0)), affine=torch.eye(4))
+    found = FindGlandsd(Brightest(), str(tmp_path / "start.pt"))({"moving_image": volume, "fixed_image": volume})
+    doubts = found["fixed_doubts"]
+    assert (found["fixed_gland"] > 0.5).sum() == 1 and all(np.isfinite(value) for value in doubts.values())
 
 
 def test_the_glands_become_channels_of_the_networks_input_on_the_fixed_grid(weights):
