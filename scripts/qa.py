@@ -28,6 +28,7 @@ DOUBTED = {  # what a figure beyond its limits means, in the words of a flag
     "drift": "a closer look at the {side} image finds the gland elsewhere",
     "growth": "a closer look at the {side} image finds a gland of another size",
     "cut_percent": "the {side} image does not show the whole gland",
+    "wrong_way": "the {side} image seems to be upside down or back to front",
 }
 
 

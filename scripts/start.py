@@ -216,10 +216,10 @@ def largest_component(probability: Tensor) -> Tensor:
     return probability * torch.from_numpy(~others).to(probability.device)
 
 
-def mirrored_looks(networks: Sequence[nn.Module], cube: Tensor) -> Tensor:
+def mirrored_looks(networks: Sequence[nn.Module], cube: Tensor) -> tuple[Tensor, int]:
     """Probability of the gland in a cube (1, 1, SIDE, SIDE, SIDE) as each network sees it straight and in the mirror.
 
-    Shape (looks, 1, SIDE, SIDE, SIDE), the mirrored ones turned back. Patients are nearly symmetric from left to right.
+    Shape (looks, 1, SIDE, SIDE, SIDE), the mirrored ones turned back, and which dimension was mirrored. Patients are nearly symmetric from left to right.
     Headers do not say for sure which axis that is, the network does: of the first two axes it is the one whose mirror
     image it sees as it sees the cube itself.
     """
@@ -228,7 +228,26 @@ def mirrored_looks(networks: Sequence[nn.Module], cube: Tensor) -> Tensor:
     looks = first.flip(2), second.flip(3)
     mean = straight.mean(0)
     overlap = [2 * (mean * look.mean(0)).sum() / (mean + look.mean(0)).sum() for look in looks]
-    return torch.cat([straight, looks[int(overlap[1] > overlap[0])]])
+    chosen = int(overlap[1] > overlap[0])
+    return torch.cat([straight, looks[chosen]]), 2 + chosen
+
+
+def wrong_way(networks: Sequence[nn.Module], cube: Tensor, mirror: int) -> float:
+    """How much more gland there is to see in a cube (1, 1, SIDE, SIDE, SIDE) when it is turned over; above 0 a doubt.
+
+    Turned over is upside down, back to front, or both. The largest of the three logarithms of the volumes seen so over
+    those seen as it is, each the mean over the networks, of Σ p² of the cube and its mirror image. A network that
+    learned what the wrong way is (`scripts.cohort.GlandLoader`) sees no gland there; others have little to say.
+
+    Args:
+        mirror: the dimension from left to right, see `mirrored_looks`.
+    """
+    back = 5 - mirror
+    ways = [(), (4,), (back,), (4, back)]
+    cubes = torch.cat([cube.flip((*way, *left)) for way in ways for left in ((), (mirror,))])
+    seen = torch.stack([n(cubes).float().sigmoid().square().flatten(1).sum(1) for n in networks])
+    volumes = seen.view(len(networks), len(ways), 2).sum(2) + 1  # of a voxel, so that nothing is no ratio
+    return (volumes[:, 1:] / volumes[:, :1]).log().mean(0).max().item()
 
 
 def agreement(looks: Tensor) -> float:
@@ -298,7 +317,7 @@ class FindGlandsd(Transform):
 
         The doubts: `agreement` of the close looks (see there); `blur`, Σ p(1 − p) over the voxels of the gland;
         `drift`, how far the second look moved its centre, in lengths of its cube; `growth`, the second length over the
-        first; `cut_percent` (see there).
+        first; `cut_percent` and `wrong_way` (see there).
         """
         centre, axes, length = frame(volume)
         image = volume.as_tensor().cpu()
@@ -306,7 +325,8 @@ class FindGlandsd(Transform):
         for _ in range(2):
             affine = cube_affine(centre, axes, length)
             cube = standardised(on_cube(dark, affine)).to(self.device)
-            looks = mirrored_looks(self.networks, cube).cpu()
+            looks, mirror = mirrored_looks(self.networks, cube)
+            looks = looks.cpu()
             mean = looks.mean(0)[0]
             probability = largest_component(mean)
             if not probability.any():
@@ -320,4 +340,5 @@ class FindGlandsd(Transform):
             "drift": (centre - before).norm().item() / length,
             "growth": length / first,
             "cut_percent": cut_percent(probability, inside),
+            "wrong_way": wrong_way(self.networks, cube, mirror),
         }

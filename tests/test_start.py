@@ -21,6 +21,7 @@ from scripts.start import (
     mirrored_looks,
     moments,
     on_cube,
+    wrong_way,
 )
 from scripts.transforms import KeepOriginalsd, OntoFixedGridd, PlanFixedGridd, ToOriginalGridd, to_original_grid
 
@@ -234,7 +235,37 @@ def test_the_mirror_image_is_taken_along_the_axis_in_which_the_patient_is_symmet
     cube[..., 6:12, 6:12, 6:12] = 1
     straight, mirrored = (network(c).sigmoid() for c in (cube, cube.flip(side)))
     assert not torch.allclose(straight, mirrored.flip(side))
-    assert torch.allclose(mirrored_looks([network], cube).mean(0), (straight + mirrored.flip(side)) / 2)
+    assert torch.allclose(mirrored_looks([network], cube)[0].mean(0), (straight + mirrored.flip(side)) / 2)
+
+
+class KnowsTheWay(nn.Module):
+    """A network that calls gland what is bright, where it is brighter above than below and in front than behind."""
+
+    def __init__(self, back):
+        super().__init__()
+        self.back = back
+
+    def forward(self, x):
+        means = [[half.mean((2, 3, 4), keepdim=True) for half in x.chunk(2, axis)] for axis in (4, self.back)]
+        upright = (means[0][1] > means[0][0]) & (means[1][1] > means[1][0])
+        return torch.where(upright, 8 * (x - 0.5), -8.0)
+
+
+@pytest.mark.parametrize("mirror", [2, 3])
+def test_a_body_that_is_turned_over_is_seen_by_a_network_that_knows_the_way_and_by_no_other(mirror):
+    back, bright = 5 - mirror, Bright()
+    x, y, z = torch.meshgrid(*[torch.linspace(-1, 1, SIDE)] * 3, indexing="ij")
+    ball = (x.square() + y.square() + z.square() < 0.3).float()
+    cube = (ball + 0.1 * z + 0.1 * (x if back == 2 else y))[None, None]
+    knows = KnowsTheWay(back)
+    assert wrong_way([knows], cube, mirror) < -3
+    assert wrong_way([knows], cube.flip(mirror), mirror) == pytest.approx(wrong_way([knows], cube, mirror))
+    for over in ((4,), (back,), (4, back)):
+        assert wrong_way([knows], cube.flip(over), mirror) > 3
+        assert abs(wrong_way([bright], cube.flip(over), mirror)) < 1e-4
+        both = wrong_way([bright, knows], cube.flip(over), mirror)
+        assert both == pytest.approx(wrong_way([knows], cube.flip(over), mirror) / 2, abs=1e-4)
+    assert wrong_way([knows], torch.zeros_like(cube), mirror) == 0  # nothing to see, either way
 
 
 def test_several_networks_find_the_mean_of_their_probabilities(tmp_path):
@@ -249,9 +280,9 @@ def test_several_networks_find_the_mean_of_their_probabilities(tmp_path):
     volume = ellipsoid((32, 32, 32), turned((1, 1, 1), 0.0), (15, 16, 15), (8, 9, 7))
     both({"moving_image": volume, "fixed_image": volume})
     for network in both.networks:
-        found.append(mirrored_looks([network], cube).mean(0))
+        found.append(mirrored_looks([network], cube)[0].mean(0))
     assert not torch.allclose(*found)
-    assert torch.allclose(mirrored_looks(both.networks, cube).mean(0), sum(found) / 2, atol=1e-6)
+    assert torch.allclose(mirrored_looks(both.networks, cube)[0].mean(0), sum(found) / 2, atol=1e-6)
 
 
 def test_an_image_without_a_gland_is_refused_by_name(weights):
