@@ -219,9 +219,9 @@ def largest_component(probability: Tensor) -> Tensor:
 def mirrored_looks(networks: Sequence[nn.Module], cube: Tensor) -> tuple[Tensor, int]:
     """Probability of the gland in a cube (1, 1, SIDE, SIDE, SIDE) as each network sees it straight and in the mirror.
 
-    Shape (looks, 1, SIDE, SIDE, SIDE), the mirrored ones turned back, and which dimension was mirrored. Patients are nearly symmetric from left to right.
-    Headers do not say for sure which axis that is, the network does: of the first two axes it is the one whose mirror
-    image it sees as it sees the cube itself.
+    Shape (looks, 1, SIDE, SIDE, SIDE), the mirrored ones turned back; and which dimension of the cube was mirrored.
+    Patients are nearly symmetric from left to right. Headers do not say for sure which axis that is, the network does:
+    of the first two axes it is the one whose mirror image it sees as it sees the cube itself.
     """
     turned = torch.cat([cube, cube.flip(2), cube.flip(3)])
     straight, first, second = torch.stack([n(turned).float().sigmoid() for n in networks], dim=1).unbind()
