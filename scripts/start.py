@@ -185,7 +185,7 @@ def align_likelihood(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
             shift = target + radius * (STRETCH * found[:3]).tanh() - linear @ centre
             return torch.cat([torch.cat([linear, shift[:, None]], dim=1), torch.eye(4, dtype=torch.float64)[3:]])
 
-        optimizer = torch.optim.LBFGS([found], max_iter=60, tolerance_change=1e-7, line_search_fn="strong_wolfe")
+        optimizer = torch.optim.LBFGS([found], max_iter=60, tolerance_change=1e-9, line_search_fn="strong_wolfe")
         unlike = SameGlandLoss()
 
         def cost() -> Tensor:
@@ -232,22 +232,21 @@ def mirrored_looks(networks: Sequence[nn.Module], cube: Tensor) -> tuple[Tensor,
     return torch.cat([straight, looks[chosen]]), 2 + chosen
 
 
-def wrong_way(networks: Sequence[nn.Module], cube: Tensor, mirror: int) -> float:
+def wrong_way(networks: Sequence[nn.Module], cube: Tensor, mirror: int, straight: Tensor) -> float:
     """How much more gland there is to see in a cube (1, 1, SIDE, SIDE, SIDE) when it is turned over; above 0 a doubt.
 
-    Turned over is upside down, back to front, or both. The largest of the three logarithms of the volumes seen so over
-    those seen as it is, each the mean over the networks, of Σ p² of the cube and its mirror image. A network that
-    learned what the wrong way is (`scripts.cohort.GlandLoader`) sees no gland there; others have little to say.
+    Turned over is upside down, back to front, or both. The largest of the three logarithms of the volumes seen so, Σ p²
+    over voxels, over those seen as it is, each the mean over the networks. A network that learned what the wrong way is
+    (`scripts.cohort.GlandLoader`) sees no gland there; others have little to say.
 
     Args:
         mirror: the dimension from left to right, see `mirrored_looks`.
+        straight: what each network sees in the cube as it is, (networks, 1, SIDE, SIDE, SIDE).
     """
-    back = 5 - mirror
-    ways = [(), (4,), (back,), (4, back)]
-    cubes = torch.cat([cube.flip((*way, *left)) for way in ways for left in ((), (mirror,))])
-    seen = torch.stack([n(cubes).float().sigmoid().square().flatten(1).sum(1) for n in networks])
-    volumes = seen.view(len(networks), len(ways), 2).sum(2) + 1  # of a voxel, so that nothing is no ratio
-    return (volumes[:, 1:] / volumes[:, :1]).log().mean(0).max().item()
+    turned = torch.cat([cube.flip(over) for over in ((4,), (5 - mirror,), (4, 5 - mirror))])
+    seen = torch.stack([straight, *torch.stack([n(turned).float().sigmoid() for n in networks], dim=1)])
+    volumes = seen.square().flatten(2).sum(2) + 1  # a voxel more, so that nothing is no ratio
+    return (volumes[1:] / volumes[0]).log().mean(1).max().item()
 
 
 def agreement(looks: Tensor) -> float:
@@ -326,8 +325,7 @@ class FindGlandsd(Transform):
             affine = cube_affine(centre, axes, length)
             cube = standardised(on_cube(dark, affine)).to(self.device)
             looks, mirror = mirrored_looks(self.networks, cube)
-            looks = looks.cpu()
-            mean = looks.mean(0)[0]
+            mean = looks.mean(0)[0].cpu()
             probability = largest_component(mean)
             if not probability.any():
                 return None
@@ -335,10 +333,10 @@ class FindGlandsd(Transform):
             (before, first), (centre, length) = (centre, length), close_up(gland)
         inside = on_cube(MetaTensor(torch.ones_like(image), affine=volume.affine.cpu()), affine)[0, 0]
         return gland, {
-            "agreement": agreement(looks),
+            "agreement": agreement(looks.cpu()),
             "blur": ((mean * (1 - mean)).sum() / (probability > 0.5).sum()).item(),
             "drift": (centre - before).norm().item() / length,
             "growth": length / first,
             "cut_percent": cut_percent(probability, inside),
-            "wrong_way": wrong_way(self.networks, cube, mirror),
+            "wrong_way": wrong_way(self.networks, cube, mirror, looks[: len(self.networks)]),
         }

@@ -236,6 +236,7 @@ def case(found, folder, **files):
     fixed = MetaTensor(torch.rand(1, *SIZE), affine=torch.from_numpy(found.affine))
     moving = MetaTensor(torch.rand(1, 34, 36, 30), affine=torch.from_numpy(moving_affine()))
     zero = {"pred": torch.zeros(3, 4, 4, 4), "grid_affine": torch.eye(4), "start": torch.eye(4, dtype=torch.float64)}
+    zero["image"] = torch.zeros(2, 4, 4, 4)
     zero["start_stretch"] = torch.ones(3)
     images = {"original_fixed_image": fixed, "original_moving_image": moving, "warped_moving_image": fixed}
     names = {"case": "a", "moving_file": "moving.nii.gz", "fixed_file": "fixed.nii.gz"} | files
