@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import io
 import itertools
 import sys
@@ -28,6 +27,7 @@ from benchmarks.measure import table  # noqa: E402
 from scripts.__main__ import run_config  # noqa: E402
 from scripts.checks import refusal  # noqa: E402
 from scripts.data import datalist  # noqa: E402
+from scripts.files import write_csv  # noqa: E402
 from scripts.phantom import write_cohort  # noqa: E402
 from scripts.statistics import read_cases  # noqa: E402
 
@@ -127,11 +127,8 @@ def main(patients: int, seed: int, pushed: int, cases: str | None, **settings: A
     everything = [case for (_, side), group in found.items() if side for case in group]
     print(table([*rows, row_of("all that were pushed", "", everything)]))
     if cases:
-        with open(cases, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["phantoms", "image", "refused", "error", "flags"])
-            writer.writeheader()
-            for (kind, side), group in found.items():
-                writer.writerows({"phantoms": kind, "image": side} | case for case in group)
+        named = [{"phantoms": kind, "image": side} | case for (kind, side), group in found.items() for case in group]
+        write_csv(Path(cases), named)
 
 
 if __name__ == "__main__":
@@ -139,11 +136,7 @@ if __name__ == "__main__":
     parser.add_argument("--patients", type=int, default=40)
     parser.add_argument("--seed", type=int, default=2031)
     parser.add_argument("--pushed", type=int, default=10, help="patients of each kind and side")
-    parser.add_argument(
-        "--start_path", nargs="+", help="the networks of the learned start, instead of the shipped ones"
-    )
+    networks = "the networks of the learned start, instead of the shipped ones"
+    parser.add_argument("--start_path", nargs="+", default=argparse.SUPPRESS, help=networks)
     parser.add_argument("--cases", help="a table of every registration, with its error in mm and its flags (CSV)")
-    given = vars(parser.parse_args())
-    if given["start_path"] is None:
-        del given["start_path"]
-    main(**given)
+    main(**vars(parser.parse_args()))

@@ -216,6 +216,11 @@ def largest_component(probability: Tensor) -> Tensor:
     return probability * torch.from_numpy(~others).to(probability.device)
 
 
+def _seen(networks: Sequence[nn.Module], cubes: Tensor) -> Tensor:
+    """Probability of the gland in cubes (N, 1, SIDE, SIDE, SIDE), (N, networks, 1, SIDE, SIDE, SIDE)."""
+    return torch.stack([network(cubes).float().sigmoid() for network in networks], dim=1)
+
+
 def mirrored_looks(networks: Sequence[nn.Module], cube: Tensor) -> tuple[Tensor, int]:
     """Probability of the gland in a cube (1, 1, SIDE, SIDE, SIDE) as each network sees it straight and in the mirror.
 
@@ -223,8 +228,7 @@ def mirrored_looks(networks: Sequence[nn.Module], cube: Tensor) -> tuple[Tensor,
     Patients are nearly symmetric from left to right. Headers do not say for sure which axis that is, the network does:
     of the first two axes it is the one whose mirror image it sees as it sees the cube itself.
     """
-    turned = torch.cat([cube, cube.flip(2), cube.flip(3)])
-    straight, first, second = torch.stack([n(turned).float().sigmoid() for n in networks], dim=1).unbind()
+    straight, first, second = _seen(networks, torch.cat([cube, cube.flip(2), cube.flip(3)])).unbind()
     looks = first.flip(2), second.flip(3)
     mean = straight.mean(0)
     overlap = [2 * (mean * look.mean(0)).sum() / (mean + look.mean(0)).sum() for look in looks]
@@ -244,7 +248,7 @@ def wrong_way(networks: Sequence[nn.Module], cube: Tensor, mirror: int, straight
         straight: what each network sees in the cube as it is, (networks, 1, SIDE, SIDE, SIDE).
     """
     turned = torch.cat([cube.flip(over) for over in ((4,), (5 - mirror,), (4, 5 - mirror))])
-    seen = torch.stack([straight, *torch.stack([n(turned).float().sigmoid() for n in networks], dim=1)])
+    seen = torch.cat([straight[None], _seen(networks, turned)])
     volumes = seen.square().flatten(2).sum(2) + 1  # a voxel more, so that nothing is no ratio
     return (volumes[1:] / volumes[0]).log().mean(1).max().item()
 
