@@ -20,11 +20,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import measure  # noqa: E402
-from scripts import fields, metrics  # noqa: E402
-from scripts.cohort import as_loaded  # noqa: E402
-from scripts.networks import SummedDDFNet  # noqa: E402
-from scripts.phantom import simulate_pair  # noqa: E402
-from scripts.transforms import OntoFixedGridd  # noqa: E402
+from scripts.network import fields  # noqa: E402
+from scripts.network.networks import SummedDDFNet  # noqa: E402
+from scripts.phantoms.phantom import simulate_pair  # noqa: E402
+from scripts.registration import metrics  # noqa: E402
+from scripts.registration.transforms import OntoFixedGridd  # noqa: E402
+from scripts.training.cohort import as_loaded  # noqa: E402
 
 SPACING = 0.8  # mm, of every volume
 

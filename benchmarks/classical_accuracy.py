@@ -24,12 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.classical import ants_sides, elastix_sides  # noqa: E402
 from benchmarks.measure import table  # noqa: E402
 from benchmarks.summary import summarise  # noqa: E402
-from scripts.checks import InputError  # noqa: E402
-from scripts.data import TRUTH, datalist  # noqa: E402
-from scripts.fields import identity_grid  # noqa: E402
-from scripts.files import write_csv  # noqa: E402
-from scripts.metrics import score_case, true_error, warped_away  # noqa: E402
-from scripts.transforms import KeepOriginalsd, LoadPaird, OntoFixedGridd, to_original_grid  # noqa: E402
+from scripts.data.checks import InputError  # noqa: E402
+from scripts.data.datalist import TRUTH, datalist  # noqa: E402
+from scripts.data.files import write_csv  # noqa: E402
+from scripts.data.pairs import LoadPaird  # noqa: E402
+from scripts.network.fields import identity_grid  # noqa: E402
+from scripts.registration.metrics import score_case, true_error, warped_away  # noqa: E402
+from scripts.registration.transforms import KeepOriginalsd, OntoFixedGridd, to_original_grid  # noqa: E402
 
 TOOLS = {
     "centre start": None,

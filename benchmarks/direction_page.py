@@ -20,9 +20,9 @@ from matplotlib.patches import ConnectionPatch  # noqa: E402
 from matplotlib.patheffects import withStroke  # noqa: E402
 
 from benchmarks.measure import ROOT  # noqa: E402
-from scripts.fields import pull  # noqa: E402
-from scripts.figures import BACKGROUND, FAINT, FIXED, INK, MOVING, draw_image, draw_outline, windowed  # noqa: E402
-from scripts.phantom import simulate_pair  # noqa: E402
+from scripts.network.fields import pull  # noqa: E402
+from scripts.phantoms.phantom import simulate_pair  # noqa: E402
+from scripts.registration.figures import BACKGROUND, FAINT, FIXED, INK, MOVING, draw_image, draw_outline, windowed  # noqa: E402
 
 SEED, EVERY, SHOWN = 6, 6, 80.0  # of the phantom; voxels between grid lines; mm of a panel
 HALO = [withStroke(linewidth=4, foreground="black")]

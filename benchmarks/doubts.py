@@ -24,12 +24,12 @@ from scipy.ndimage import uniform_filter  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks.measure import table  # noqa: E402
-from scripts.__main__ import run_config  # noqa: E402
-from scripts.checks import refusal  # noqa: E402
-from scripts.data import datalist  # noqa: E402
-from scripts.files import write_csv  # noqa: E402
-from scripts.phantom import write_cohort  # noqa: E402
-from scripts.statistics import read_cases  # noqa: E402
+from scripts.bundle.workflow import run_config  # noqa: E402
+from scripts.data.checks import refusal  # noqa: E402
+from scripts.data.datalist import datalist  # noqa: E402
+from scripts.data.files import write_csv  # noqa: E402
+from scripts.phantoms.phantom import write_cohort  # noqa: E402
+from scripts.study.statistics import read_cases  # noqa: E402
 
 WRONG = 8.0  # mm of true error, median over the gland: nearly twice the median of phantoms as they are
 Push = Callable[[np.ndarray, np.random.Generator], np.ndarray]

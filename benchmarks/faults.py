@@ -30,10 +30,10 @@ from torch.utils.data import Dataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `python benchmarks/faults.py`
 
-from scripts.checkpoints import STOPPED, Checkpoints, read  # noqa: E402
-from scripts.checks import InputError, refusal  # noqa: E402
-from scripts.cohort import Pool  # noqa: E402
-from scripts.phantom import write_cohort  # noqa: E402
+from scripts.data.checks import InputError, refusal  # noqa: E402
+from scripts.phantoms.phantom import write_cohort  # noqa: E402
+from scripts.training.checkpoints import STOPPED, Checkpoints, read  # noqa: E402
+from scripts.training.cohort import Pool  # noqa: E402
 
 PAGE, MARKS = ROOT / "docs" / "reliability.md", ("<!-- faults -->\n", "<!-- /faults -->\n")
 QUICK = {"initial_channels": 4, "spacing": 4.0, "batch_size": 2, "val_interval": 100}

@@ -22,9 +22,9 @@ import torch  # noqa: E402
 from matplotlib.ticker import NullLocator  # noqa: E402
 
 from benchmarks.measure import ROOT, devices, peak_memory, race, record  # noqa: E402
-from scripts.fields import warp  # noqa: E402
-from scripts.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss  # noqa: E402
-from scripts.networks import SummedDDFNet  # noqa: E402
+from scripts.network.fields import warp  # noqa: E402
+from scripts.network.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss  # noqa: E402
+from scripts.network.networks import SummedDDFNet  # noqa: E402
 
 SIDES = (24, 32, 48, 64, 96, 128, 160)  # voxels along each axis
 CHANNELS = (4, 8, 16, 32, 64)

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm  # noqa: E402
 
-from scripts.__main__ import register, run_config  # noqa: E402
-from scripts.checks import refusal  # noqa: E402
-from scripts.phantom import write_cohort  # noqa: E402
+from scripts.bundle.workflow import register, run_config  # noqa: E402
+from scripts.data.checks import refusal  # noqa: E402
+from scripts.phantoms.phantom import write_cohort  # noqa: E402
 
 
 def resident() -> float:

@@ -19,7 +19,7 @@ from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from benchmarks.measure import check_same, compared, devices, peak_memory, race, record, table  # noqa: E402
-from scripts.losses import PAPER_SCALES, MultiscaleCrossEntropyLoss, MultiscaleDiceLoss, gaussian_matrix  # noqa: E402
+from scripts.network.losses import PAPER_SCALES, MultiscaleCrossEntropyLoss, MultiscaleDiceLoss, gaussian_matrix  # noqa: E402
 
 TOLERANCE = 1e-4  # of the largest gradient, float32 against float32
 SIZES = ((48, 48, 48), (104, 104, 88), (128, 128, 128))

@@ -3,7 +3,7 @@
 python benchmarks/phantom_page.py                                                    # writes docs/phantom.png
 python benchmarks/phantom_page.py --pairs DIR --left_right 1 --voxel_size 1.6        # label-reg's sample on top
 
-The phantoms are the first pairs of the training's own stream, `scripts.cohort.SimulatedPairs` with seed 0, unpicked;
+The phantoms are the first pairs of the training's own stream (`scripts.training.cohort.SimulatedPairs`, seed 0), unpicked;
 the pairs of DIR (see the README for its layout) are the first by name.
 """
 
@@ -26,11 +26,11 @@ from matplotlib.patheffects import withStroke  # noqa: E402
 from scipy.ndimage import affine_transform  # noqa: E402
 
 from benchmarks.measure import ROOT, clock, table  # noqa: E402
-from scripts.cohort import SIDES, SimulatedPairs, as_loaded  # noqa: E402
-from scripts.data import datalist  # noqa: E402
-from scripts.figures import BACKGROUND, FAINT, FIXED, INK  # noqa: E402
-from scripts.phantom import MODES, simulate_pair  # noqa: E402
-from scripts.transforms import LoadPaird  # noqa: E402
+from scripts.data.datalist import datalist  # noqa: E402
+from scripts.data.pairs import LoadPaird  # noqa: E402
+from scripts.phantoms.phantom import MODES, simulate_pair  # noqa: E402
+from scripts.registration.figures import BACKGROUND, FAINT, FIXED, INK  # noqa: E402
+from scripts.training.cohort import SIDES, SimulatedPairs, as_loaded  # noqa: E402
 
 PLANES = {"axial": (0, 1), "sagittal": (1, 2)}
 ROWS, BESIDE = 2, 2  # rows of each kind, pairs beside each other

@@ -27,9 +27,9 @@ from torch import Tensor, nn  # noqa: E402
 from benchmarks.loss import separable_dice  # noqa: E402
 from benchmarks.measure import check_same, compared, devices, race, record, table  # noqa: E402
 from benchmarks.training import SCALES, SMALL, files, our_step  # noqa: E402
-from scripts.fields import warp  # noqa: E402
-from scripts.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss, PrefilteredLoss  # noqa: E402
-from scripts.networks import SummedDDFNet  # noqa: E402
+from scripts.network.fields import warp  # noqa: E402
+from scripts.network.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss, PrefilteredLoss  # noqa: E402
+from scripts.network.networks import SummedDDFNet  # noqa: E402
 
 MM = [0.8 * s for s in SCALES]
 

@@ -29,9 +29,9 @@ from benchmarks.measure import (  # noqa: E402
     record,
     table,
 )
-from scripts.engine import PrecisionInferer, computes_bfloat16  # noqa: E402
-from scripts.fields import resample, warp  # noqa: E402
-from scripts.networks import ConvBN, SummedDDFNet  # noqa: E402
+from scripts.network.fields import resample, warp  # noqa: E402
+from scripts.network.networks import ConvBN, SummedDDFNet  # noqa: E402
+from scripts.registration.precision import PrecisionInferer, computes_bfloat16  # noqa: E402
 
 FIXED, MOVING = (81, 118, 88), (120, 128, 128)  # voxels of 0.8 mm
 PADDED = (96, 128, 96)  # LocalNet takes multiples of 16 only; ours pads to the same inside

@@ -26,29 +26,37 @@ EXPLAINED = 0.8  # of the wall time that the stages have to add up to
 IMPORTS = {  # stage -> modules, in this order
     "import torch": ["torch"],
     "import monai and ignite": ["monai.bundle"],
-    "import scripts": ["scripts.networks", "scripts.engine", "scripts.outputs", "scripts.__main__"],
+    "import scripts": [
+        "scripts.network.networks",
+        "scripts.training.engine",
+        "scripts.registration.outputs",
+        "scripts.__main__",
+    ],
 }
 STAGES = {  # stage -> functions, module:name
     "read the config, build what it names": [
         "monai.bundle:ConfigWorkflow.__init__",
         "monai.bundle:ConfigWorkflow.initialize",
     ],
-    "build the network": ["scripts.networks:SummedDDFNet.__init__"],
+    "build the network": ["scripts.network.networks:SummedDDFNet.__init__"],
     "check, hash and load the weights": [
-        "scripts.checks:check_weights",
-        "scripts.outputs:SaveRegistrations.__init__",
+        "scripts.data.weights:check_weights",
+        "scripts.registration.outputs:SaveRegistrations.__init__",
         "monai.handlers:CheckpointLoader.__call__",
     ],
-    "read the two files": ["scripts.transforms:LoadPaird.__call__"],
+    "read the two files": ["scripts.data.pairs:LoadPaird.__call__"],
     "normalise": ["monai.transforms:NormalizeIntensityd.__call__"],
-    "onto the working grid": ["scripts.transforms:OntoFixedGridd.__call__"],
-    "network and self-check": ["scripts.engine:PrecisionInferer.__call__"],
-    "onto the original grid": ["scripts.transforms:ToOriginalGridd.__call__"],
-    "QA: start alignment alone": ["scripts.outputs:to_original_grid", "scripts.outputs:deformation"],
-    "QA: folding, coverage, displacement": ["scripts.outputs:quality"],
-    "write the overview": ["scripts.outputs:save_overview"],
-    "write ddf.nii.gz": ["scripts.outputs:save_displacement"],
-    "write the warped image and qa.json": ["scripts.outputs:save_registration"],
+    "onto the working grid": ["scripts.registration.transforms:OntoFixedGridd.__call__"],
+    "network and self-check": ["scripts.registration.precision:PrecisionInferer.__call__"],
+    "onto the original grid": ["scripts.registration.transforms:ToOriginalGridd.__call__"],
+    "QA: start alignment alone": [
+        "scripts.registration.outputs:to_original_grid",
+        "scripts.registration.outputs:qc.deformation",
+    ],
+    "QA: folding, coverage, displacement": ["scripts.registration.outputs:qc.quality"],
+    "write the overview": ["scripts.registration.outputs:save_overview"],
+    "write ddf.nii.gz": ["scripts.registration.outputs:save_displacement"],
+    "write the warped image and qa.json": ["scripts.registration.outputs:save_registration"],
 }
 
 
@@ -104,8 +112,8 @@ def prepare(folder: Path, channels: int) -> list[str]:
     """Write a phantom pair and random weights; returns the arguments that register the pair."""
     import torch
 
-    from scripts.networks import SummedDDFNet
-    from scripts.phantom import write_cohort
+    from scripts.network.networks import SummedDDFNet
+    from scripts.phantoms.phantom import write_cohort
 
     sizes = {"fixed_shape": (81, 118, 88), "moving_shape": (120, 128, 128), "fixed_spacing": 0.8, "moving_spacing": 0.8}
     cohort = write_cohort(folder / "cohort", patients=1, split=(0, 0, 1), **sizes) / "test"

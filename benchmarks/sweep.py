@@ -20,8 +20,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.measure import table  # noqa: E402
-from scripts.phantom import PhantomPair, simulate_pair  # noqa: E402
-from scripts.sweep import acquire, reconstruct  # noqa: E402
+from scripts.phantoms.phantom import PhantomPair, simulate_pair  # noqa: E402
+from scripts.phantoms.sweep import acquire, reconstruct  # noqa: E402
 
 SHAPE, SPACING = (112, 80, 80), 0.8  # of the TRUS, mm
 PIXEL, FRAME = (0.4, 0.4), (190, 159)  # mm (depth, axial); rows and columns: from the probe through the whole volume

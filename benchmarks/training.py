@@ -25,14 +25,16 @@ from monai.utils import set_determinism  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from benchmarks.measure import check_same, devices, peak_memory, record, table  # noqa: E402
-from scripts.cohort import CohortLoader  # noqa: E402
-from scripts.data import datalist  # noqa: E402
-from scripts.engine import PrecisionInferer, prepare_batch  # noqa: E402
-from scripts.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss  # noqa: E402
-from scripts.networks import SummedDDFNet  # noqa: E402
-from scripts.phantom import write_cohort  # noqa: E402
-from scripts.transforms import LoadPaird, OntoFixedGridd, PlanFixedGridd  # noqa: E402
-from scripts.wrapped import Padded  # noqa: E402
+from scripts.data.datalist import datalist  # noqa: E402
+from scripts.data.pairs import LoadPaird  # noqa: E402
+from scripts.network.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss  # noqa: E402
+from scripts.network.networks import SummedDDFNet  # noqa: E402
+from scripts.network.wrapped import Padded  # noqa: E402
+from scripts.phantoms.phantom import write_cohort  # noqa: E402
+from scripts.registration.precision import PrecisionInferer  # noqa: E402
+from scripts.registration.transforms import OntoFixedGridd, PlanFixedGridd  # noqa: E402
+from scripts.training.cohort import CohortLoader  # noqa: E402
+from scripts.training.engine import prepare_batch  # noqa: E402
 
 warnings.filterwarnings("ignore", "Using a non-tuple sequence")  # inside MONAI
 SMALL, FULL = (48, 64, 48), (81, 118, 88)  # voxels of 0.8 mm

@@ -9,13 +9,6 @@ import gc
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def absolute(path: object) -> str | list[str]:
-    """A path, or each of several, with / at its start: a config value that starts with $, @ or % would be evaluated."""
-    return [absolute(one) for one in path] if isinstance(path, list | tuple) else str(Path(str(path)).resolve())
-
 
 def names(value: str | list[str]) -> list[str]:
     """What a value with commas lists; Fire makes a tuple of some of them."""
@@ -59,26 +52,11 @@ def register(
         overlay: a config with the settings other weights were trained with, for example configs/baseline.yaml.
         settings: any setting of configs/inference.json, for example --ckpt_path FILE or --formats itk,niftyreg.
     """
-    pair = {"moving_image": moving, "fixed_image": fixed, "moving_label": moving_labels, "fixed_label": fixed_labels}
-    pair = {k: absolute(v) for k, v in pair.items() if v is not None}
-    if start is not None:
-        named = start in ("centre", "header", "learned", "rigid")
-        settings["start"] = start if named else absolute(start)
-    for name in {"ckpt_path", "start_path"} & set(settings):
-        settings[name] = absolute(settings[name])
-    from scripts.data import case_name
-
-    pair |= {"case": case_name(fixed), "patient": case_name(fixed)}
     if "formats" in settings:  # a list for Fire, or text with commas
         settings["formats"] = names(settings["formats"])
-    run_config(
-        "inference.json",
-        overlay,
-        datalist=[pair],
-        output_dir=absolute(output_dir),
-        case_folders=False,
-        **settings,
-    )
+    from scripts.bundle.workflow import register
+
+    register(moving, fixed, output_dir, start, moving_labels, fixed_labels, overlay, **settings)
 
 
 def apply(
@@ -123,7 +101,7 @@ def apply(
         points_from: the image the points were marked in, "fixed" or "moving".
         coordinates: of a .csv, "RAS" or "LPS"; the result has the same. A .mrk.json says it itself.
     """
-    from scripts.apply import apply
+    from scripts.registration.apply import apply
 
     paths = [None if path is None else str(path) for path in (output, moving, reference)]
     points = None if points is None else str(points)
@@ -146,7 +124,7 @@ def invert(transform: str | list[str], reference: str, output: str) -> None:
         reference: the moving image, or another whose grid to write the inverse on.
         output: the displacement (.nii.gz), LPS mm, as ITK, SimpleITK, 3D Slicer and ANTs read it.
     """
-    from scripts.invert import invert
+    from scripts.registration.invert import invert
 
     invert(names(transform), str(reference), str(output))
 
@@ -174,7 +152,7 @@ def check(
             two splits is refused.
         num_workers: processes that read; the default is one per core, 8 at most.
     """
-    from scripts.gate import check_dataset
+    from scripts.data.gate import check_dataset
 
     if check_dataset(str(dataset_dir), label_values, labels, patient_pattern, num_workers):
         sys.exit(1)
@@ -203,12 +181,12 @@ def phantom(
             other arguments only the seed counts.
     """
     if like_paper:
-        from scripts.paper_cohort import write_paper_cohort
+        from scripts.phantoms.paper_cohort import write_paper_cohort
 
         print(", ".join(f"{count} {kind}" for kind, count in write_paper_cohort(output_dir, seed).items()))
         return
-    from scripts.checks import InputError
-    from scripts.phantom import write_cohort
+    from scripts.data.checks import InputError
+    from scripts.phantoms.phantom import write_cohort
 
     try:
         write_cohort(output_dir, patients, seed, mode=mode, pairs_per_patient=pairs_per_patient)
@@ -247,7 +225,7 @@ def sweep(
         probe: where the frames show the probe, "top" or "bottom".
         superior: which side of the frames is superior, "right" or "left".
     """
-    from scripts.sweep import convert
+    from scripts.phantoms.sweep import convert
 
     angles = None if angles is None else str(angles)
     convert(str(frames), str(output), axis_offset, angles, pixel_spacing, spacing, max_gap, probe, superior)
@@ -267,7 +245,7 @@ def demo(
         train: train the learned start on phantoms for about two minutes, from nothing, and register by it.
         iterations: training steps; the default is that of configs/demo.yaml.
     """
-    from scripts.demo import register_phantoms, train_on_phantoms
+    from scripts.study.demo import register_phantoms, train_on_phantoms
 
     folder = Path(output_dir).resolve()
     if train:
@@ -315,7 +293,7 @@ def crossval(
         base: an overlay for all variants, below their own, for example configs/real_pairs_cpu.yaml.
         settings: any setting of configs/train.json, for all folds, for example --iterations 20000.
     """
-    from scripts.crossval import cross_validate
+    from scripts.study.crossval import cross_validate
 
     chosen = None if only is None else names(only)
     failed = cross_validate(
@@ -339,7 +317,7 @@ def release(output_dir: str = "dist") -> None:
     Args:
         output_dir: where prostate_mr_trus_registration_vVERSION.zip is written.
     """
-    from scripts.release import build
+    from scripts.bundle.release import build
 
     print(build(output_dir))
 
@@ -359,7 +337,7 @@ def report(output_dir: str, variant: str | None = None, dataset_dir: str | None 
         variant: whose cases are shown; the trained one with the best median TRE by default.
         dataset_dir: where the data set is now, if it is not where it was.
     """
-    from scripts.report import report as write
+    from scripts.study.report import report as write
 
     print(write(str(output_dir), None if variant is None else str(variant), dataset_dir and str(dataset_dir)))
 
@@ -372,13 +350,13 @@ def check_config(path: str) -> None:
 
     Lists each expression ($), each thing called (_target_) and what logging.conf evaluates; of a folder also code,
     pickles, links and hidden folders, unless they equal this bundle's own. A finding is what is not on the lists of
-    scripts/config_check.py, and is to be read before the bundle is run. What is on them computes; which files a config
-    reads and writes is not judged.
+    scripts/bundle/config_check.py, and is to be read before the bundle is run. What is on them computes; which files a
+    config reads and writes is not judged.
 
     Args:
         path: a .json, .yaml or logging .conf file, or a bundle's folder.
     """
-    from scripts.config_check import judge, table
+    from scripts.bundle.config_check import judge, table
 
     entries = judge(str(path))
     print(table(entries))
@@ -386,32 +364,10 @@ def check_config(path: str) -> None:
         sys.exit(1)
 
 
-def run_config(name: str, *overlays: str | Path | None, **settings) -> None:
-    """Run a config of this bundle in this process, as `python -m monai.bundle run` does; an overlay may be None."""
-    import logging
-
-    gc.disable()  # while a million objects are imported that live to the end: a second of a cold start
-    from monai.bundle import ConfigWorkflow
-
-    gc.freeze()
-    gc.enable()
-
-    if "datalist" in settings:  # in a list MONAI evaluates a file's name that starts with $; it leaves tuples alone
-        settings["datalist"] = tuple(settings["datalist"])
-    for noisy in ("monai", "ignite", "py.warnings"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    files = [str(ROOT / "configs" / name)] + [str(Path(overlay).resolve()) for overlay in overlays if overlay]
-    kind = "train" if name.startswith("train") else "infer"
-    workflow = ConfigWorkflow(files, logging_file=False, workflow_type=kind, **settings)
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-
-
 def main() -> None:
     import fire
 
-    from scripts.checks import refusal
+    from scripts.data.checks import refusal
 
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):  # Fire calls a bare --help of a verb with required arguments an error

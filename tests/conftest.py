@@ -11,8 +11,8 @@ import torch
 from synthetic import content, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scripts.data import KEYS
-from scripts.phantom import write_cohort
+from scripts.data.datalist import KEYS
+from scripts.phantoms.phantom import write_cohort
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCALE = locale.setlocale(locale.LC_ALL)

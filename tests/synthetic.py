@@ -12,7 +12,7 @@ import torch
 from pydicom.dataset import Dataset, FileMetaDataset
 from scipy.spatial.transform import Rotation
 
-from scripts.phantom import simulate_pair
+from scripts.phantoms.phantom import simulate_pair
 
 OBLIQUE = Rotation.from_euler("xyz", (14, -9, 21), degrees=True).as_matrix()
 GRIDS = {  # axes of the fixed grid, voxel size in mm

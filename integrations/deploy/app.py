@@ -19,8 +19,8 @@ from monai.deploy.operators.dicom_series_selector_operator import DICOMSeriesSel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the bundle
 
-from scripts.__main__ import register  # noqa: E402
-from scripts.checks import InputError, refusal  # noqa: E402
+from scripts.bundle.workflow import register  # noqa: E402
+from scripts.data.checks import InputError, refusal  # noqa: E402
 
 RULES = {  # of the SDK's series selector; narrow them where a study has more than one such series
     "moving": {"Modality": "MR"},

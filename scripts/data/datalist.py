@@ -1,0 +1,220 @@
+"""Pairs on disk -> datalist, and patient-level folds.
+
+A data set is a folder with four sub-folders of equal file names, split into train/val/test sub-folders or not, or a
+MONAI datalist JSON. Each item of the datalist is a dictionary of paths: `case`, `patient`, `moving_image`,
+`fixed_image`, where there are labels `moving_label`, `fixed_label`, and for phantoms `true_ddf`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from scripts.data.checks import InputError, check_case_name
+
+FOLDERS = (  # (moving_image, fixed_image, moving_label, fixed_label)
+    ("moving_images", "fixed_images", "moving_labels", "fixed_labels"),
+    ("mr_images", "us_images", "mr_labels", "us_labels"),
+)
+KEYS = ("moving_image", "fixed_image", "moving_label", "fixed_label")
+IMAGES, LABELS = KEYS[:2], KEYS[2:]
+TRUTH = "true_ddf"  # folder and key of the true displacement, which phantoms have
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+# images that a registration leaves
+RESULTS = ("warped_moving_image.nii.gz", "warped_moving_label.nii.gz", "ddf.nii.gz")
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
+
+
+def case_name(path: str | Path) -> str:
+    """File name without its image suffix; a DICOM folder's name as it is."""
+    name = Path(path).name
+    return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), name)
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """Case name -> image file or DICOM folder."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: folder not found")
+    paths = [
+        p
+        for p in sorted(folder.iterdir())
+        if not p.name.startswith(".") and (p.is_dir() or p.name.lower().endswith(SUFFIXES))
+    ]
+    names = [case_name(p) for p in paths]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise InputError(f"{folder}: more than one file for case {twice[0]}")
+    return dict(zip(names, paths, strict=True))
+
+
+def _pairs_in_folder(folder: Path, labels: bool) -> list[dict[str, str]]:
+    """The pairs of one four-folder layout; label folders may be missing where labels are not needed."""
+    found = [names for names in FOLDERS if (folder / names[0]).is_dir() or (folder / names[1]).is_dir()]
+    if len(found) != 1:
+        raise InputError(
+            f"{folder}: expected the sub-folders {', '.join(FOLDERS[0])}, or {', '.join(FOLDERS[1])}"
+            + ("; found both" if found else "")
+        )
+    wanted = found[0] if labels or (folder / found[0][2]).is_dir() else found[0][:2]
+    wanted = dict(zip(KEYS, wanted, strict=False)) | ({TRUTH: TRUTH} if (folder / TRUTH).is_dir() else {})
+    files = {key: image_files(folder / name) for key, name in wanted.items()}
+    for key, name in wanted.items():
+        missing = sorted(set(files["moving_image"]) ^ set(files[key]))
+        if missing:
+            raise InputError(
+                f"{folder / name}: unpaired case {missing[0]}: it must have the same name in"
+                + f" {wanted[KEYS[0]]} and {name}"
+                + (f" ({len(missing)} such cases)" if len(missing) > 1 else "")
+            )
+    if not files["moving_image"]:
+        raise InputError(
+            f"{folder / wanted[KEYS[0]]}: no images; expected files ending in {', '.join(SUFFIXES)}, or folders"
+        )
+    return [{"case": case} | {k: str(files[k][case]) for k in files} for case in files["moving_image"]]
+
+
+def _pairs_in_json(path: Path, labels: bool) -> dict[str, list[dict[str, str]]]:
+    """Split -> pairs of a MONAI datalist JSON; relative paths are relative to the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a readable JSON file: {error}") from error
+    splits = {}
+    for split, names in SPLITS.items():
+        items = next((content[n] for n in names if n in content), None) if isinstance(content, dict) else None
+        if items is not None and not isinstance(items, list):
+            raise InputError(f"{path}: {split} is not a list of pairs")
+        for i, item in enumerate(items or []):
+            known = item if isinstance(item, dict) else {}
+            missing = [k for k in (KEYS if labels else KEYS[:2]) if not isinstance(known.get(k), str)]
+            if missing:
+                raise InputError(f"{path}: {split} item {i} lacks {missing[0]}; a pair needs {', '.join(KEYS)}")
+            pair = {k: str(path.parent / item[k]) for k in (*KEYS, TRUTH) if k in item}
+            absent = next((p for p in pair.values() if not Path(p).exists()), None)
+            if absent:
+                raise InputError(f"{absent}: named in {path} but not found")
+            pair["case"] = str(item.get("case", case_name(pair["fixed_image"])))
+            if "patient" in item:
+                pair["patient"] = str(item["patient"])
+            if pair["case"] in (p["case"] for p in splits.get(split, [])):
+                raise InputError(f'{path}: more than one pair is called case {pair["case"]}; name each by its "case"')
+            splits.setdefault(split, []).append(pair)
+    if not splits:
+        raise InputError(f'{path}: no pairs; expected lists named "training", "validation" or "test"')
+    return splits
+
+
+def folds(patients: list[str], count: int, seed: int = 0) -> list[list[str]]:
+    """Patients dealt at random into folds whose sizes differ by at most one (§3.3: 76 patients, 12 folds -> 8×6 + 4×7).
+
+    Args:
+        patients: one id per case; a patient's cases stay together.
+        count: number of folds, 2 or more.
+
+    Raises:
+        InputError: fewer patients than folds, or fewer than two folds.
+    """
+    unique = sorted(set(patients))
+    if count < 2 or count > len(unique):
+        raise InputError(f"{count} folds need at least 2 folds and as many patients; found {len(unique)} patients")
+    order = np.random.default_rng(seed).permutation(len(unique))
+    return [sorted(unique[i] for i in order[k::count]) for k in range(count)]
+
+
+def datalist(
+    dataset_dir: str,
+    split: str,
+    labels: bool = True,
+    fold: int | None = None,
+    fold_count: int = 0,
+    fold_seed: int = 0,
+    patient_pattern: str | None = None,
+) -> list[dict[str, str]]:
+    """The pairs of one split.
+
+    With train/val/test sub-folders (or lists of a JSON) those are the splits. Without, every pair is in "train" and in
+    "test" and none in "val", unless a fold is named: then its patients are "val" and "test", the others "train".
+
+    Args:
+        dataset_dir: the data set's folder, or a datalist JSON.
+        split: "train", "val" or "test".
+        labels: whether labels are required.
+        fold, fold_count, fold_seed: patient-level cross-validation over a data set that is not split.
+        patient_pattern: regular expression whose first group, in the case name, is the patient; else each case is its
+            own patient.
+
+    Raises:
+        InputError: a missing folder, unpaired names, a repeated case, no pairs, a patient in two splits, a bad fold.
+
+    Example:
+        ``datalist("data", "train", fold=0, fold_count=4)``
+    """
+    root = Path(dataset_dir)
+    if not root.exists():
+        raise InputError(f"{root}: folder not found; pass --dataset_dir DIR")
+    present = [name for name in SPLITS if (root / name).is_dir()]
+    if root.is_file():
+        splits = _pairs_in_json(root, labels)
+    elif present:
+        splits = {name: _pairs_in_folder(root / name, labels) for name in present}
+    else:
+        splits = {"train": _pairs_in_folder(root, labels)}
+    for pairs in splits.values():
+        for pair in pairs:
+            check_case_name(pair["case"])
+            match = re.search(patient_pattern, pair["case"]) if patient_pattern else None
+            if patient_pattern and not match:
+                raise InputError(f"{pair['case']}: the patient pattern {patient_pattern!r} does not match this case")
+            pair.setdefault("patient", match[1] if match and match.groups() else match[0] if match else pair["case"])
+    if fold is not None:
+        if len(splits) > 1:
+            raise InputError(f"{root}: is already split into {', '.join(splits)}; folds are for a data set that is not")
+        pairs = next(iter(splits.values()))
+        if not 0 <= fold < fold_count:
+            raise InputError(f"fold {fold} of {fold_count}: count from 0 to {fold_count - 1}")
+        held_out = folds([p["patient"] for p in pairs], fold_count, fold_seed)[fold]
+        test = [p for p in pairs if p["patient"] in held_out]
+        splits = {"train": [p for p in pairs if p["patient"] not in held_out], "val": test, "test": test}
+    elif set(splits) == {"train"}:
+        splits["test"] = splits["train"]
+    else:
+        _refuse_shared_patients(root, splits)
+    return splits.get(split, [])
+
+
+def check_output(output_dir: str, pairs: Sequence[dict[str, str]] = ()) -> None:
+    """Refuse a folder for results that cannot be written, or in which they would become or replace inputs.
+
+    Args:
+        output_dir: need not exist.
+        pairs: of the datalist.
+
+    Raises:
+        InputError: see above.
+    """
+    folder = Path(output_dir).resolve()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()  # asking for permissions tells root and full disks nothing
+    except OSError as error:
+        raise InputError(f"{output_dir}: cannot be written, {there}: {error.strerror}") from error
+    for pair in pairs:
+        for path in (Path(pair[key]).resolve() for key in (*KEYS, TRUTH) if key in pair):
+            named = path.parent if path.parent.name in (*sum(FOLDERS, ()), TRUTH) else path
+            if folder.is_relative_to(named):
+                raise InputError(f"{output_dir}: lies in the input {named}; choose another --output_dir")
+            if path.parent in (folder, folder / pair["case"]) and path.name in RESULTS:
+                raise InputError(f"{output_dir}: results would replace the input {path}; choose another --output_dir")
+
+
+def _refuse_shared_patients(root: Path, splits: dict[str, list[dict[str, str]]]) -> None:
+    owner: dict[str, str] = {}
+    for split, pairs in splits.items():
+        for patient in {p["patient"] for p in pairs}:
+            if owner.setdefault(patient, split) != split:
+                raise InputError(f"{root}: patient {patient} is in {owner[patient]} and in {split}")

@@ -1,0 +1,294 @@
+"""Apply transform files to images, labels and points; see the `apply` verb and `scripts.data.formats`.
+
+A transform maps fixed points to moving points. So an image of the moving world is pulled onto the fixed grid by it, a
+point of the fixed image goes forward through it, and a point of the moving image needs its inverse. A list of steps is
+in the order a fixed point goes through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from scipy.ndimage import map_coordinates, spline_filter
+from torch import Tensor
+from tqdm import tqdm
+
+from scripts.data import checks
+from scripts.data.checks import InputError
+from scripts.data.datalist import image_files
+from scripts.data.files import written_together
+from scripts.data.formats import Displacement, Step, forward, read_transform
+from scripts.data.points import read_points
+from scripts.data.volumes import load_volume, save_volume
+from scripts.network import fields
+from scripts.registration.outputs import NOTICE
+
+INTERPOLATIONS = ("linear", "cubic", "nearest")
+MAX_RESIDUAL = 0.1  # mm; a point whose inverse misses by more is not written
+SLAB = 2**21  # voxels warped at a time, so that memory does not grow with the reference grid
+OUTSIDE, FOLDS = "outside the field", "the field folds here"
+
+
+def compose(paths: Sequence[str | Path]) -> list[Step]:
+    """The steps of several transform files, named in the order in which the moving image goes through them."""
+    return [step for path in reversed(paths) for step in read_transform(path)]
+
+
+def backward(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    """Moving points to fixed points, by the inverse.
+
+    Args:
+        points: shape (1, 3, N, 1, 1), float64, RAS mm.
+
+    Returns:
+        The same shape; the distance in mm between each point and where the transform takes its result, shape (N,); and
+        what is wrong with each, "ok" if nothing is.
+    """
+    found, folded = points, torch.zeros(points.shape[2], dtype=torch.bool)
+    for step in reversed(steps):
+        if isinstance(step, Displacement):
+            found, _, jacobian = fields.inverse(step.field[None], step.affine, found)
+            folded |= jacobian <= 0
+        else:
+            found = fields.transform_points(torch.linalg.inv(step), found)
+    again, known = forward(steps, found)
+    residual = (again - points).norm(dim=1).flatten()
+    status = []
+    for far, inside, folds in zip(residual.tolist(), known.flatten().tolist(), folded.tolist(), strict=True):
+        missed = f"no inverse: off by {far:.2f} mm" if far > MAX_RESIDUAL else "ok"
+        status.append(OUTSIDE if not inside else FOLDS if folds else missed)
+    return found, residual, status
+
+
+def warp(
+    steps: Sequence[Step], volume: MetaTensor, affine: Tensor, size: Sequence[int], interpolation: str = "linear"
+) -> Tensor:
+    """A moving image on a grid of the fixed world, in one interpolation.
+
+    Args:
+        volume: shape (C, X, Y, Z), at its own resolution.
+        affine: voxel -> RAS mm of the grid, shape (4, 4), float64.
+        size: its voxels.
+        interpolation: "linear", "cubic" (B-spline) or "nearest".
+
+    Returns:
+        Shape (C, *size), float32; zero outside the moving image and where the transform is unknown.
+    """
+    image = volume.as_tensor().double()
+    spline = [spline_filter(channel, order=3, mode="mirror") for channel in image.numpy()] * (interpolation == "cubic")
+    slabs = []
+    for points, known in points_to_pull(steps, volume, affine, size):
+        if spline:
+            cubic = [map_coordinates(c, points[0].numpy(), order=3, mode="mirror", prefilter=False) for c in spline]
+            inside = fields.covers(image.shape[1:], torch.eye(4, dtype=torch.float64), points)
+            values = torch.from_numpy(np.stack(cubic))[None] * inside
+        else:
+            mode = "bilinear" if interpolation == "linear" else "nearest"
+            values = fields.sample(image[None], points, mode, padding_mode="outside")
+        slabs.append((values * known)[0].float())
+    return torch.cat(slabs, dim=1)
+
+
+def points_to_pull(
+    steps: Sequence[Step], volume: MetaTensor, affine: Tensor, size: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Where the voxels of a grid lie in the voxels of the moving volume, in slabs along the grid's first axis.
+
+    Yields:
+        Voxel coordinates, (1, 3, n, Y, Z), float64, and whether the transform is known there, (1, 1, n, Y, Z).
+    """
+    planes = max(1, SLAB // (size[1] * size[2]))
+    for first in range(0, size[0], planes):
+        voxels = fields.identity_grid((min(planes, size[0] - first), *size[1:]), torch.float64, "cpu")[None]
+        voxels[:, 0] += first
+        points, known = forward(steps, fields.transform_points(affine, voxels))
+        yield fields.transform_points(torch.linalg.inv(volume.affine.double()), points), known
+
+
+def warp_label(
+    path: str | Path, steps: Sequence[Step], volume: MetaTensor, affine: Tensor, size: Sequence[int]
+) -> np.ndarray:
+    """Moving labels on a grid of the fixed world: each is interpolated linearly on its own, then one is decided for.
+
+    Of an integer index map the value with the largest share wins, a structure before the background; of maps one a
+    channel, each is where its share is ≥ 0.5.
+
+    Args:
+        volume: shape (1, X, Y, Z), an index map, or (M, X, Y, Z), binary maps.
+
+    Returns:
+        Shape (X', Y', Z') or (X', Y', Z', M), in the smallest of uint8, int16 and int32 that holds the values.
+
+    Raises:
+        InputError: values that are no integers; binary maps that are not binary.
+    """
+    labels = volume.as_tensor()
+    if len(labels) > 1:
+        checks.check_labels(path, labels.numpy())
+        return (warp(steps, volume, affine, size) >= 0.5).movedim(0, -1).numpy().astype(np.uint8)
+    values = labels.unique()
+    odd = values[(values != values.round()) | (values.abs() > 2**24)]
+    if len(odd):
+        raise InputError(f"{path}: value {odd[0]:g} in a label; expected integers")
+    slabs = []
+    for points, known in points_to_pull(steps, volume, affine, size):
+        best, decided = torch.zeros(known.shape, dtype=torch.float64), torch.zeros(known.shape)
+        for value in sorted(values.tolist(), key=abs, reverse=True):  # the background last: it wins no tie
+            share = fields.sample((labels == value).double()[None], points, padding_mode="outside") * known
+            decided = torch.where(share > best + 1e-9, value, decided)
+            best = torch.maximum(best, share)
+        slabs.append(decided[0, 0])
+    span = min(0, int(values.min())), int(values.max())
+    kind = next(k for k in (np.uint8, np.int16, np.int32) if np.iinfo(k).min <= span[0] and span[1] <= np.iinfo(k).max)
+    return torch.cat(slabs).numpy().astype(kind)
+
+
+def grid_of(steps: Sequence[Step], reference: str | None) -> tuple[Tensor, tuple[int, ...]]:
+    """Affine (RAS mm, float64) and size of the grid to warp onto: the reference's, else the transform's own.
+
+    Raises:
+        InputError: no reference, and the transform that a fixed point meets first has no grid.
+    """
+    if reference is not None:
+        volume = load_volume(reference)
+        return volume.affine.double(), tuple(volume.shape[1:])
+    if not steps or not isinstance(steps[0], Displacement):
+        raise InputError("a linear transform has no grid of its own; name the grid to warp onto by --reference FILE")
+    return steps[0].affine, tuple(steps[0].field.shape[1:])
+
+
+def apply_to_images(
+    steps: Sequence[Step],
+    moving: str,
+    reference: str | None,
+    output: str,
+    label: bool,
+    interpolation: str,
+) -> None:
+    """Warp one image, or every image of a folder; see the `apply` verb.
+
+    Raises:
+        InputError: a file that cannot be used; of a folder, after the others are done.
+    """
+    affine, size = grid_of(steps, reference)
+
+    def one(source: str | Path, target: Path) -> None:
+        volume = load_volume(str(source))
+        checks.check_finite(source, volume.numpy())
+        if label:
+            warped = warp_label(source, steps, volume, affine, size)
+        else:
+            warped = warp(steps, volume, affine, size, interpolation).movedim(0, -1).numpy()
+            warped = warped[..., 0] if len(volume) == 1 else warped
+        with written_together(target.parent) as partial:
+            save_volume(partial / target.name, warped, affine.numpy(), dtype=warped.dtype.type)
+
+    files = image_files(Path(moving)) if Path(moving).is_dir() else {}
+    if not files:  # one file, or a folder with one DICOM series
+        if not output.lower().endswith((".nii", ".nii.gz")):
+            raise InputError(f"{output}: the image is written as NIfTI; choose a name that ends in .nii.gz")
+        one(moving, Path(output))
+        print(f"{output}: {moving} on the fixed grid, {' × '.join(map(str, size))} voxels")
+        return
+    if Path(moving).resolve() in Path(output).resolve().parents:
+        raise InputError(f"{output}: lies in the folder of moving images; choose another --output")
+    refused = []
+    for case, source in tqdm(files.items(), desc="apply", unit="image"):
+        try:
+            one(source, Path(output) / f"{case}.nii.gz")
+        except InputError as error:
+            refused.append(str(error))
+            tqdm.write(f"refused: {error}")
+    print(f"{output}: {len(files) - len(refused)} of {len(files)} images on the fixed grid")
+    if refused:
+        raise InputError(f"{len(refused)} of {len(files)} images refused, the others are written; first {refused[0]}")
+
+
+def apply_to_points(steps: Sequence[Step], points: str, points_from: str, coordinates: str | None, output: str) -> None:
+    """Take the points of a file to the other image and write them as a file of the same kind; see the `apply` verb."""
+    found = read_points(points, coordinates)
+    kind = ".mrk.json" if points.lower().endswith(".json") else ".csv"
+    if not output.lower().endswith(kind):
+        raise InputError(f"{output}: the points of {points} are written as {kind}; choose a name that ends so")
+    there = ~found.world.isnan().any(dim=1)
+    points_in = found.world[there].T[None, :, :, None, None]
+    residuals, status = torch.full((len(found.world),), torch.nan, dtype=torch.float64), ["no position"] * len(there)
+    if points_from == "fixed":
+        moved, known = forward(steps, points_in)
+        states = ["ok" if inside else OUTSIDE for inside in known.flatten().tolist()]
+    else:
+        moved, residuals[there], states = backward(steps, points_in)
+    result = found.world.clone()
+    result[there] = moved[0, :, :, 0, 0].T
+    for index, state in zip(there.nonzero().flatten().tolist(), states, strict=True):
+        status[index] = state
+        if state != "ok":
+            result[index] = torch.nan
+    try:
+        found.save(Path(output), result, residuals, status)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror}") from error
+    there_too = "moving" if points_from == "fixed" else "fixed"
+    print(
+        f"{output}: {status.count('ok')} of {len(status)} points of the {points_from} image, in the {there_too} image"
+    )
+    if points_from == "moving" and there.any():
+        print(
+            f"residual of the inverse: {residuals[there].median():.2g} mm median, {residuals[there].max():.2g} mm most"
+        )
+    for index, state in enumerate(status):
+        if state != "ok":
+            print(f"CHECK: point {index + 1}: {state}; written without a position")
+
+
+def apply(
+    transforms: Sequence[str],
+    output: str,
+    moving: str | None = None,
+    reference: str | None = None,
+    label: bool = False,
+    interpolation: str | None = None,
+    points: str | None = None,
+    points_from: str | None = None,
+    coordinates: str | None = None,
+) -> None:
+    """Check what was asked for, then warp images or take points to the other image; see the `apply` verb.
+
+    Raises:
+        InputError: settings that do not go together; any refusal of the above.
+    """
+    _check_settings(locals())
+    given = [*transforms, *(p for p in (moving, reference, points) if p is not None)]
+    if Path(output).resolve() in {Path(p).resolve() for p in given}:
+        raise InputError(f"{output}: would replace an input; choose another --output")
+    steps = compose(transforms)
+    if points is not None:
+        apply_to_points(steps, points, points_from, coordinates, output)
+    else:
+        apply_to_images(steps, moving, reference, output, label, interpolation or "linear")
+    print(NOTICE)
+
+
+def _check_settings(given: dict[str, Any]) -> None:
+    if (given["moving"] is None) == (given["points"] is None):
+        raise InputError("give either --moving, an image, labels or a folder of them, or --points, a file of points")
+    if given["points"] is not None:
+        if given["points_from"] not in ("fixed", "moving"):
+            raise InputError(
+                f"points_from {given['points_from']}: say which image the points were marked in, --points_from fixed or"
+                " --points_from moving"
+            )
+        idle = [name for name in ("reference", "label", "interpolation") if given[name]]
+    else:
+        idle = [name for name in ("points_from", "coordinates") if given[name] is not None]
+        if given["label"] and given["interpolation"]:
+            raise InputError("--label True interpolates each label linearly; leave out --interpolation")
+        if given["interpolation"] not in (None, *INTERPOLATIONS):
+            raise InputError(f"interpolation {given['interpolation']}: expected one of {', '.join(INTERPOLATIONS)}")
+    if idle:
+        raise InputError(f"--{idle[0]} has no meaning for {'points' if given['points'] is not None else 'images'}")

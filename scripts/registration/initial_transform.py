@@ -1,0 +1,118 @@
+"""The initial transform: between the glands found in the two images, or as a name or a file says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+from scripts.data import checks, formats
+from scripts.network import fields
+from scripts.registration.likelihood import SameGlandLoss, evidence
+from scripts.registration.pairwise import rigid_start
+from scripts.registration.segmentation import moments
+
+STRETCH = 0.05  # standard deviation of the logarithm of the stretch along an axis, of the likeliest start
+TOGETHER = 50  # neighbouring voxels that count as one observation there
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    """Power of a symmetric positive definite matrix."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(1e-9) ** exponent @ vectors.T
+
+
+def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], kind: str = "affine") -> Tensor:
+    """Fixed world -> moving world, shape (4, 4), float64, that takes the fixed gland's centroid to the moving one's.
+
+    Args:
+        fixed, moving: `moments` of the two glands.
+        kind: "translation"; "scaling", with the cube root of the volumes' ratio; "affine", the one symmetric positive
+            matrix that takes one covariance to the other (the optimal transport between two Gaussians): it scales along
+            the glands' own axes and never turns or mirrors.
+    """
+    matrix = torch.eye(4, dtype=torch.float64)
+    if kind == "scaling":
+        matrix[:3, :3] *= (torch.linalg.det(moving[1]) / torch.linalg.det(fixed[1])) ** (1 / 6)
+    elif kind == "affine":
+        root, inverse = _power(fixed[1], 0.5), _power(fixed[1], -0.5)
+        matrix[:3, :3] = inverse @ _power(root @ moving[1] @ root, 0.5) @ inverse
+    elif kind != "translation":
+        raise ValueError(f'kind must be "likelihood", "translation", "scaling" or "affine", got {kind!r}')
+    matrix[:3, 3] = moving[0] - matrix[:3, :3] @ fixed[0]
+    return matrix
+
+
+def align_likelihood(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
+    """Fixed world -> moving world, shape (4, 4), float64, under which two soft glands are most likely one and the same.
+
+    Translation and stretch along the fixed map's axes minimise `likelihood.SameGlandLoss` over its grid, every
+    `TOGETHER` voxels counted as one, plus half the square of each axis' log stretch in units of `STRETCH`: the largest
+    a posteriori probability with a Gaussian for the stretch. Along no axis does it leave the centroids by more than the
+    gland's radius (of standard deviations), however little the maps say. It never turns or mirrors.
+
+    Args:
+        fixed, moving: probabilities (1, X, Y, Z), each with its own affine.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        p, q = (evidence(gland.as_tensor().clone().cpu())[None] for gland in (fixed, moving))
+        to_world, to_moving = fixed.affine.double().cpu().clone(), torch.linalg.inv(moving.affine.double().cpu())
+        (centre, covariance), (target, _) = moments(fixed), moments(moving)
+        axes = to_world[:3, :3] / to_world[:3, :3].norm(dim=0)
+        radius = torch.linalg.det(covariance) ** (1 / 6)
+        # a little off: at whole voxels interpolation has kinks
+        found = torch.full((6,), 0.02, dtype=torch.float64, requires_grad=True)
+
+        def start() -> Tensor:
+            linear = axes @ torch.diag((STRETCH * found[3:]).exp()) @ torch.linalg.inv(axes)
+            shift = target + radius * (STRETCH * found[:3]).tanh() - linear @ centre
+            return torch.cat([torch.cat([linear, shift[:, None]], dim=1), torch.eye(4, dtype=torch.float64)[3:]])
+
+        optimizer = torch.optim.LBFGS([found], max_iter=60, tolerance_change=1e-9, line_search_fn="strong_wolfe")
+        unlike = SameGlandLoss()
+
+        def cost() -> Tensor:
+            optimizer.zero_grad()
+            seen = fields.resample(q, to_moving @ start() @ to_world, p.shape[2:])
+            value = unlike(seen, p) + found[3:].square().sum() / 2 * TOGETHER / p.numel()
+            value.backward()
+            return value
+
+        optimizer.step(cost)
+        return start().detach()
+
+
+def align_glands(fixed: MetaTensor, moving: MetaTensor, kind: str) -> Tensor:
+    """The learned start between two glands found: "likelihood", or a kind of `align_moments`."""
+    if kind == "likelihood":
+        return align_likelihood(fixed, moving)
+    return align_moments(moments(fixed), moments(moving), kind)
+
+
+def read_start(start: str, moving: MetaTensor, fixed: MetaTensor) -> list[formats.Step]:
+    """The steps of a start alignment, fixed world -> moving world, RAS mm, float64.
+
+    Args:
+        start: "centre" (the volumes' centres coincide, axes keep their world directions), "header" (world coordinates
+            as they are), "rigid" (from the centres on, elastix registers the images rigidly, see
+            `pairwise.rigid_start`), or a file (fixed -> moving), see `scripts.data.formats.read_transform`.
+        moving, fixed: the images, shape (1, X, Y, Z).
+
+    Raises:
+        InputError: no such file, or none that can be read; no elastix.
+    """
+    matrix = torch.eye(4, dtype=torch.float64)
+    if start in ("centre", "rigid"):
+        for volume, sign in ((moving, 1), (fixed, -1)):
+            middle = (torch.tensor(volume.shape[1:], dtype=torch.float64) - 1) / 2
+            matrix[:3, 3] += sign * (volume.affine[:3, :3].double() @ middle + volume.affine[:3, 3].double())
+        return [matrix if start == "centre" else rigid_start(moving, fixed, matrix)]
+    if start == "header":
+        return [matrix]
+    if not Path(start).is_file():
+        raise checks.InputError(
+            f'{start}: not found; a start is "centre", "header", "learned", "rigid" or a transform file'
+        )
+    return formats.read_transform(start)

@@ -1,0 +1,185 @@
+"""The folder a registration leaves: warped image, field, warped labels, a picture and a QA record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import monai
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.transforms import Orientation
+from monai.utils import ensure_tuple
+from torch import Tensor
+
+from scripts.data import formats
+from scripts.data.checks import check_case_name, sha256
+from scripts.data.files import written_together
+from scripts.data.formats import save_displacement
+from scripts.data.root import VERSION
+from scripts.data.volumes import save_volume
+from scripts.network import fields
+from scripts.registration import figures, qc
+from scripts.registration.transforms import to_original_grid
+
+LABEL = "warped_moving_label.nii.gz"
+NOTICE = "Research use only. Not for clinical decisions."
+
+
+def save_overview(
+    path: Path, item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor, record: Mapping[str, Any]
+) -> None:
+    """Draw `figures.overview` for one case on the original fixed grid, in axes RAS.
+
+    Without labels its outlines are those of the glands that a learned start found.
+    """
+    affine = item["original_fixed_image"].affine.double()
+    reorient = Orientation(axcodes="RAS", labels=None)
+
+    def ras(volume: Tensor) -> MetaTensor:
+        plain = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
+        return reorient(MetaTensor(plain, affine=affine))
+
+    world = ras(moved[0])
+    ddf = torch.einsum("ij,j...->i...", torch.linalg.inv(world.affine[:3, :3].double()), world.as_tensor())
+    glands = {
+        "fixed_gland": item.get("original_fixed_label"),
+        "gland_before": before.get("moving_label"),
+        "gland_after": item.get("warped_moving_label"),
+    }
+    found = len(item["image"]) == 4 and all(gland is None for gland in glands.values())
+    if found:
+        glands = glands_found(item)
+    facts = [
+        f"folded voxels {record['folded_percent']:.2f} %",
+        f"largest displacement from the start {record['max_displacement_mm']:.1f} mm",
+    ]
+    if record.get("tre_mm") is not None:
+        facts.insert(0, f"TRE {record['tre_before_mm']:.1f} → {record['tre_mm']:.1f} mm")
+    if record.get("gland_dsc") is not None:
+        facts.insert(0, f"gland DSC {record['gland_dsc_before']:.2f} → {record['gland_dsc']:.2f}")
+    flags = [f"CHECK: {flag.split(' (')[0]}" for flag in record["flags"]]  # two fit; their figures are in the record
+    facts[:0] = flags if len(flags) < 3 else [f"CHECK: {len(flags)} flags in qa.json", *flags[:1]]
+    figures.overview(
+        path,
+        ras(item["original_fixed_image"].as_tensor())[0].numpy(),
+        ras(before["moving_image"])[0].numpy(),
+        ras(item["warped_moving_image"])[0].numpy(),
+        ddf.numpy(),
+        world.affine[:3, :3].norm(dim=0).tolist(),
+        facts=facts,
+        gland_name="gland found" if found else "gland",
+        **{k: ras(torch.as_tensor(v)[:1].float())[0].numpy() for k, v in glands.items() if v is not None},
+    )
+
+
+def glands_found(item: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The glands in the network's input on the original fixed grid, for `figures.overview`, (1, X, Y, Z)."""
+    image, ddf = (torch.as_tensor(item[key])[None].cpu().float() for key in ("image", "pred"))
+    start, fixed = image[:, 2:3], image[:, 3:4]
+    on_grid = torch.cat([fixed, start, fields.warp(start, ddf)], dim=1)
+    affine, size = item["original_fixed_image"].affine.double(), item["original_fixed_image"].shape[1:]
+    to_grid = torch.linalg.inv(item["grid_affine"].cpu().double()) @ affine
+    there = fields.resample(on_grid, to_grid, size, padding_mode="outside")[0]
+    return dict(zip(("fixed_gland", "gland_before", "gland_after"), there.split(1), strict=True))
+
+
+def save_registration(
+    folder: Path,
+    item: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+    tools: Sequence[str] = (),
+    limits: Mapping[str, Any] | None = None,
+    inconsistency: float | None = None,
+) -> list[str]:
+    """Write everything one registration leaves into `folder`, or nothing: files appear when all of them are complete.
+
+    Args:
+        item: what `scripts.registration.transforms.ToOriginalGridd` leaves.
+        provenance: for the QA record.
+        tools: whose transform files to write beside ddf.nii.gz, see `scripts.data.formats.FILES`.
+        limits: see `scripts.registration.qc.flags`.
+        inconsistency: see `scripts.registration.qc.quality`.
+
+    Returns:
+        What is to be checked, see `scripts.registration.qc.flags`.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    with written_together(folder, stale={LABEL, formats.WARPED_SERIES, *formats.FILES.values()}) as partial:
+        affine = item["original_fixed_image"].affine.numpy()
+        save_volume(
+            partial / "warped_moving_image.nii.gz", item["warped_moving_image"][0].numpy(), affine, dtype=np.float32
+        )
+        save_displacement(partial / "ddf.nii.gz", item["displacement"].numpy(), affine)
+        formats.save_formats(partial, tools, item, affine, final=folder)
+        if "warped_moving_label" in item:
+            binary = (item["warped_moving_label"] >= 0.5).movedim(0, -1).numpy()
+            binary = binary[..., 0] if binary.shape[-1] == 1 else binary
+            save_volume(partial / LABEL, binary, affine, dtype=np.uint8)
+        before = to_original_grid(item, torch.zeros_like(item["pred"]))
+        moved = qc.deformation(item)
+        record = qc.quality(item, before, moved, inconsistency)
+        record |= {"flags": qc.flags(record, limits or {}), "limits": dict(limits or {})}
+        save_overview(partial / "overview.png", item, before, moved, record)
+        known = {k: item[k] for k in ("case", "moving_file", "fixed_file")}
+        record = {"notice": NOTICE} | known | record | dict(provenance)
+        (partial / "qa.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return record["flags"]
+
+
+class SaveRegistrations:
+    """Ignite handler that writes each registered case, see `save_registration`.
+
+    Args:
+        output_dir: one folder per case is made in it.
+        weights: the weights file, for its SHA-256 in the QA record; None without one.
+        start: the start alignment's name, for the QA record.
+        start_weights: the weights file of a learned start, or several, likewise.
+        case_folders: False writes straight into `output_dir`; for a single case.
+        tools: whose transform files to write, a list or separated by commas, see `formats.checked_formats`.
+        pairs: the datalist, for what some tools need of the inputs.
+        limits: beyond which a figure raises a flag, see `scripts.registration.qc.flags`.
+
+    Raises:
+        InputError: an unknown tool, or inputs that its file cannot be written for.
+    """
+
+    def __init__(
+        self,
+        output_dir: str,
+        weights: str | None,
+        start: str,
+        start_weights: str | Sequence[str] | None = None,
+        case_folders: bool = True,
+        tools: str | Sequence[str] | None = None,
+        pairs: Sequence[Mapping[str, str]] = (),
+        limits: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.limits = dict(limits or {})
+        qc.flags({}, self.limits)  # refuses an unknown one
+        self.output_dir = Path(output_dir)
+        self.case_folders = case_folders
+        self.tools = formats.checked_formats(tools, pairs)
+        self.provenance: dict[str, Any] = {"start": start}
+        self.provenance |= {"weights": weights, "weights_sha256": weights and sha256(weights)}
+        starts = ensure_tuple(start_weights) if start_weights else ()
+        self.provenance |= {"start_weights": list(starts), "start_weights_sha256": [sha256(path) for path in starts]}
+        self.provenance |= {"version": VERSION, "torch": torch.__version__, "monai": monai.__version__}
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._save)
+
+    def _save(self, engine: Engine) -> None:
+        known = self.provenance | {"precision": engine.inferer.used}
+        items = zip(engine.state.batch, engine.state.output, qc.inconsistencies(engine), strict=True)
+        for batch, output, inconsistency in items:
+            item = {**batch, **output}
+            folder = self.output_dir / check_case_name(item["case"]) if self.case_folders else self.output_dir
+            found = save_registration(folder, item, known, self.tools, self.limits, inconsistency)
+            print("; ".join([f"{item['case']}: {folder}", *(f"CHECK: {flag}" for flag in found)]))

@@ -1,0 +1,106 @@
+"""What a registration says about itself: figures a clinician can question, and flags where they leave their limits.
+
+`configs/qa_schema.json` says what each figure of qa.json is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from ignite.engine import Engine
+from torch import Tensor
+
+from scripts.data.checks import InputError
+from scripts.network import fields
+from scripts.registration import metrics
+
+DOUBTED = {  # what a figure beyond its limits means, in the words of a flag
+    "folded_percent": "the field folds",
+    "jacobian_min": "the field squeezes tissue to nearly nothing",
+    "covered_percent": "little of the fixed image is covered by the moving one",
+    "start_stretch_min": "implausible start, the glands found differ too much",
+    "start_stretch_max": "implausible start, the glands found differ too much",
+    "inverse_consistency_mm": "registering the other way round gives another result",
+    "agreement": "the networks do not agree on the gland in the {side} image",
+    "blur": "the gland in the {side} image is found without confidence",
+    "drift": "a closer look at the {side} image finds the gland elsewhere",
+    "growth": "a closer look at the {side} image finds a gland of another size",
+    "cut_percent": "the {side} image does not show the whole gland",
+    "wrong_way": "the {side} image seems to be upside down or back to front",
+}
+
+
+def inconsistencies(engine: Engine) -> list[float | None]:
+    """What `refine.RefinedInferer` says of each pair of the batch; None where another inferer says nothing."""
+    return getattr(engine.inferer, "inconsistency", None) or [None] * len(engine.state.output)
+
+
+def deformation(item: Mapping[str, Any]) -> Tensor:
+    """The displacement without the start alignment, (1, 3, X, Y, Z), mm in the fixed world."""
+    affine, size = item["original_fixed_image"].affine, item["displacement"].shape[1:]
+    ddf, grid_affine = torch.as_tensor(item["pred"])[None].cpu(), item["grid_affine"].cpu()
+    return fields.world_displacement(ddf, grid_affine, torch.eye(4), affine, size)
+
+
+def quality(
+    item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor, inconsistency: float | None = None
+) -> dict[str, float | None]:
+    """The figures of one registration; None where one is not defined.
+
+    Args:
+        item: what `scripts.registration.transforms.ToOriginalGridd` leaves.
+        before: `scripts.registration.transforms.to_original_grid` of the start alignment alone.
+        moved: its `deformation`.
+        inconsistency: of `scripts.registration.refine.RefinedInferer`, voxels of the working grid.
+    """
+    affine = item["original_fixed_image"].affine
+    displacement = item["displacement"][None]
+    covered = torch.ones_like(item["original_moving_image"].as_tensor())[None]
+    covered = fields.pull(covered, item["original_moving_image"].affine, displacement, affine)
+    voxel = torch.as_tensor(item["grid_affine"])[:3, :3].norm(dim=0).mean().item()
+    record = metrics.jacobian_statistics(displacement[0], affine) | {
+        "max_displacement_mm": moved.norm(dim=1).max().item(),
+        "covered_percent": 100 * (covered > 0).double().mean().item(),
+        "start_stretch_min": item["start_stretch"].min().item(),
+        "start_stretch_max": item["start_stretch"].max().item(),
+        "inverse_consistency_mm": math.nan if inconsistency is None else inconsistency * voxel,
+    }
+    for side in ("moving", "fixed"):
+        record |= {f"{side}_{name}": float(value) for name, value in item.get(f"{side}_doubts", {}).items()}
+    if "original_fixed_label" in item and "warped_moving_label" in item:
+        fixed = item["original_fixed_label"].as_tensor()
+        for suffix, warped in (("_before", before["moving_label"]), ("", item["warped_moving_label"])):
+            scores, _ = metrics.score_case(warped, fixed, affine[:3, :3].norm(dim=0))
+            record[f"gland_dsc{suffix}"] = scores["dsc"]
+            record[f"tre{suffix}_mm"] = scores["tre_mm"]
+    return {k: v if math.isfinite(v) else None for k, v in record.items()}
+
+
+def flags(record: Mapping[str, Any], limits: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
+    """What about a registration should make its reader doubt it, in words, with the figure and its limit.
+
+    Args:
+        record: of `quality`.
+        limits: the lowest and the highest value that raises no flag of each figure, None for no such limit; of both
+            images if the name is without `moving_` or `fixed_`.
+
+    Raises:
+        InputError: limits of a figure that there is none of.
+    """
+    found = []
+    for name, (low, high) in limits.items():
+        if name not in DOUBTED:
+            raise InputError(f"limits: {name} is none of {', '.join(DOUBTED)}")
+        sides = ("moving", "fixed") if "{side}" in DOUBTED[name] else ("",)
+        for side in sides:
+            figure = f"{side}_{name}" if side else name
+            value = record.get(figure)
+            if value is None:
+                continue
+            limit = low if low is not None and value < low else high if high is not None and value > high else None
+            if limit is not None:
+                found.append(f"{DOUBTED[name].format(side=side)} ({figure} {value:.3g}, limit {limit:g})")
+    return found

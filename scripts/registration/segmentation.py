@@ -1,0 +1,245 @@
+"""The learned start: a network finds the gland in each image, and the moments of the two glands align them.
+
+The network sees one image at a time, MR and TRUS alike, as a cube of `SIDE` voxels: first the whole volume, then once
+more the surroundings of what it found. It learns from the same weak labels as the registration; to align, it needs the
+two images alone. Positions are relative to the images, so a wrong voxel size in both headers does no harm.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Orientation, Transform
+from monai.utils import ensure_tuple
+from scipy import ndimage
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scripts.data.checks import InputError
+from scripts.data.weights import load_weights
+from scripts.network import fields
+
+SIDE = 32  # voxels of the network's cube along each axis
+CLOSE = 1.5  # the second look's cube, in lengths of the gland's longest diameter
+NOMINAL = 50.0  # mm, the longest diameter every gland is taken to have on a grid that is measured by the gland
+
+
+def cube_affine(centre: Tensor, axes: Tensor, length: float) -> Tensor:
+    """Voxel of a cube -> world, shape (4, 4), float64.
+
+    Args:
+        centre: of the cube, world mm, shape (3,).
+        axes: unit vectors of its axes as columns, shape (3, 3).
+        length: of its edges, outer face to outer face, mm.
+    """
+    affine = torch.eye(4, dtype=torch.float64)
+    affine[:3, :3] = axes.double() * (length / SIDE)
+    affine[:3, 3] = centre.double() - affine[:3, :3] @ torch.full((3,), (SIDE - 1) / 2, dtype=torch.float64)
+    return affine
+
+
+def frame(volume: MetaTensor) -> tuple[Tensor, Tensor, float]:
+    """Centre (3,), unit axes (3, 3) in the order nearest to RAS, and longest edge in mm of a volume (C, X, Y, Z)."""
+    affine = volume.affine.double().cpu()
+    size = torch.tensor(volume.shape[1:], dtype=torch.float64)
+    edges = affine[:3, :3].norm(dim=0) * size
+    turned = Orientation(axcodes="RAS", labels=None)(volume).affine.double().cpu()[:3, :3]
+    return affine[:3, :3] @ ((size - 1) / 2) + affine[:3, 3], turned / turned.norm(dim=0), edges.max().item()
+
+
+def coarsened(volume: MetaTensor, affine: Tensor) -> MetaTensor:
+    """A volume (C, X, Y, Z) by means of blocks, as many voxels as a voxel of a coarser grid covers whole.
+
+    Args:
+        affine: voxel -> world of the coarser grid, for example a cube's, see `cube_affine`.
+    """
+    own = volume.affine.double().cpu()
+    covers = (torch.linalg.inv(own) @ affine)[:3, :3].abs().sum(1)  # voxels of the volume along each of its axes
+    blocks = [max(1, min(int(c), n)) for c, n in zip(covers.tolist(), volume.shape[1:], strict=True)]
+    grow = torch.diag(torch.tensor([*blocks, 1], dtype=torch.float64))
+    grow[:3, 3] = (torch.tensor(blocks, dtype=torch.float64) - 1) / 2  # centre of the first block
+    return MetaTensor(F.avg_pool3d(volume.as_tensor()[None].float(), blocks)[0], affine=own @ grow)
+
+
+def on_cube(volume: MetaTensor, affine: Tensor) -> Tensor:
+    """A volume (C, X, Y, Z) on a cube, zero outside: (1, C, SIDE, SIDE, SIDE), each voxel the mean of what it covers.
+
+    Args:
+        affine: voxel of the cube -> world, see `cube_affine`.
+    """
+    coarse = coarsened(volume, affine)
+    to_coarse = torch.linalg.inv(coarse.affine.double()) @ affine
+    return fields.resample(coarse.as_tensor()[None], to_coarse, [SIDE] * 3, padding_mode="outside")
+
+
+def standardised(cube: Tensor) -> Tensor:
+    """Zero mean and unit variance of each item of (B, 1, SIDE, SIDE, SIDE)."""
+    mean, sd = cube.mean((1, 2, 3, 4), keepdim=True), cube.std((1, 2, 3, 4), keepdim=True)
+    return (cube - mean) / sd.clamp_min(1e-6)
+
+
+def moments(gland: MetaTensor) -> tuple[Tensor, Tensor]:
+    """Centroid (3,) in mm and covariance (3, 3) in mm² of where a map (1, X, Y, Z) is above one half, in its world.
+
+    Voxels count as the bodies they are, not as their centres: even a single one has an extent.
+    """
+    affine = gland.affine.double().cpu()
+    points = fields.identity_grid(gland.shape[1:], torch.float64, "cpu").flatten(1)
+    points = affine[:3, :3] @ points + affine[:3, 3:]
+    weight = (gland.as_tensor().cpu().flatten() > 0.5).double()
+    weight = weight / weight.sum()
+    centroid = points @ weight
+    apart = points - centroid[:, None]
+    return centroid, apart * weight @ apart.T + affine[:3, :3] @ affine[:3, :3].T / 12
+
+
+def close_up(gland: MetaTensor) -> tuple[Tensor, float]:
+    """Centre (3,) and edge in mm of the cube of the second look at a gland (1, X, Y, Z)."""
+    centre, covariance = moments(gland)
+    # an ellipsoid's semi-axis is √5 standard deviations
+    return centre, CLOSE * 2 * math.sqrt(5 * torch.linalg.eigvalsh(covariance)[-1].item())
+
+
+def largest_component(probability: Tensor) -> Tensor:
+    """A map (X, Y, Z) without its smaller regions above one half, and their rims; all zero without any region."""
+    parts, count = ndimage.label((probability > 0.5).cpu().numpy())
+    if not count:
+        return torch.zeros_like(probability)
+    largest = parts == ndimage.sum_labels(parts > 0, parts, range(1, count + 1)).argmax() + 1
+    others = ndimage.binary_dilation((parts > 0) & ~largest) & ~largest
+    return probability * torch.from_numpy(~others).to(probability.device)
+
+
+def _seen(networks: Sequence[nn.Module], cubes: Tensor) -> Tensor:
+    """Probability of the gland in cubes (N, 1, SIDE, SIDE, SIDE), (N, networks, 1, SIDE, SIDE, SIDE)."""
+    return torch.stack([network(cubes).float().sigmoid() for network in networks], dim=1)
+
+
+def mirrored_looks(networks: Sequence[nn.Module], cube: Tensor) -> tuple[Tensor, int]:
+    """Probability of the gland in a cube (1, 1, SIDE, SIDE, SIDE) as each network sees it straight and in the mirror.
+
+    Shape (looks, 1, SIDE, SIDE, SIDE), the mirrored ones turned back; and which dimension of the cube was mirrored.
+    Patients are nearly symmetric from left to right. Headers do not say for sure which axis that is, the network does:
+    of the first two axes it is the one whose mirror image it sees as it sees the cube itself.
+    """
+    straight, first, second = _seen(networks, torch.cat([cube, cube.flip(2), cube.flip(3)])).unbind()
+    looks = first.flip(2), second.flip(3)
+    mean = straight.mean(0)
+    overlap = [2 * (mean * look.mean(0)).sum() / (mean + look.mean(0)).sum() for look in looks]
+    chosen = int(overlap[1] > overlap[0])
+    return torch.cat([straight, looks[chosen]]), 2 + chosen
+
+
+def wrong_way(networks: Sequence[nn.Module], cube: Tensor, mirror: int, straight: Tensor) -> float:
+    """How much more gland there is to see in a cube (1, 1, SIDE, SIDE, SIDE) when it is turned over; above 0 a doubt.
+
+    Turned over is upside down, back to front, or both. The largest of the three logarithms of the volumes seen so, Σ p²
+    over voxels, over those seen as it is, each the mean over the networks. A network that learned what the wrong way is
+    (`scripts.training.gland_cubes.GlandLoader`) sees no gland there; others have little to say.
+
+    Args:
+        mirror: the dimension from left to right, see `mirrored_looks`.
+        straight: what each network sees in the cube as it is, (networks, 1, SIDE, SIDE, SIDE).
+    """
+    turned = torch.cat([cube.flip(over) for over in ((4,), (5 - mirror,), (4, 5 - mirror))])
+    seen = torch.cat([straight[None], _seen(networks, turned)])
+    volumes = seen.square().flatten(2).sum(2) + 1  # a voxel more, so that nothing is no ratio
+    return (volumes[1:] / volumes[0]).log().mean(1).max().item()
+
+
+def agreement(looks: Tensor) -> float:
+    """The smallest Dice between two looks, (L, 1, X, Y, Z), above one half; 0 where a look has nothing there."""
+    seen = (looks > 0.5).flatten(1).double()
+    both, size = seen @ seen.T, seen.sum(1)
+    return (2 * both / (size + size[:, None]).clamp_min(1)).min().item()
+
+
+def cut_percent(gland: Tensor, inside: Tensor) -> float:
+    """How much of the two voxels around a gland the image does not show.
+
+    Args:
+        gland: map (X, Y, Z), above one half.
+        inside: on the same grid, 1 in the image and 0 outside.
+    """
+    near = torch.from_numpy(ndimage.binary_dilation((gland > 0.5).numpy(), iterations=2)) & (gland <= 0.5)
+    return 100 * (inside[near] < 0.5).double().mean().item()
+
+
+class FindGlandsd(Transform):
+    """Add `moving_gland` and `fixed_gland`: the probability of the gland, found in each image by a network.
+
+    Each is a `MetaTensor` (1, SIDE, SIDE, SIDE) with its own affine (RAS mm): a cube around the gland, without smaller
+    regions than the largest. `moving_doubts` and `fixed_doubts` are what speaks against them, see `find`.
+
+    Args:
+        network: (B, 1, SIDE, SIDE, SIDE) -> logits of the gland, same shape.
+        path: its weights; or several files, whose networks' probabilities are averaged.
+        device: where it runs.
+        wanted: False leaves a pair as it is.
+
+    Raises:
+        InputError: the weights do not fit (see `scripts.data.weights.check_weights`); no gland is found in an image.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        path: str | Sequence[str],
+        device: torch.device | str = "cpu",
+        wanted: bool = True,
+    ) -> None:
+        self.network, self.paths, self.device, self.wanted = network, ensure_tuple(path), device, wanted
+        self.networks: list[nn.Module] = []
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict:
+        if not self.wanted:
+            return dict(data)
+        if not self.networks:
+            self.networks = [copy.deepcopy(self.network) for _ in self.paths]
+            for path, network in zip(self.paths, self.networks, strict=True):
+                load_weights(path, network)
+                network.to(self.device).eval()
+        d = dict(data)
+        for side in ("moving", "fixed"):
+            found = self.find(d[f"{side}_image"])
+            if found is None:
+                where = d.get(f"{side}_file", f"the {side} image")
+                raise InputError(f"{where}: no prostate found; is it the right image, with the whole gland in view?")
+            d[f"{side}_gland"], d[f"{side}_doubts"] = found
+        return d
+
+    @torch.inference_mode()
+    def find(self, volume: MetaTensor) -> tuple[MetaTensor, dict[str, float]] | None:
+        """The gland of a volume (1, X, Y, Z) and its doubts; None without one.
+
+        The doubts: `agreement` of the close looks (see there); `blur`, Σ p(1 − p) over the voxels of the gland;
+        `drift`, how far the second look moved its centre, in lengths of its cube; `growth`, the second length over the
+        first; `cut_percent` and `wrong_way` (see there).
+        """
+        centre, axes, length = frame(volume)
+        image = volume.as_tensor().cpu()
+        dark = MetaTensor(image - image.min(), affine=volume.affine.cpu())  # nothing is darker than what is outside
+        for _ in range(2):
+            affine = cube_affine(centre, axes, length)
+            cube = standardised(on_cube(dark, affine)).to(self.device)
+            looks, mirror = mirrored_looks(self.networks, cube)
+            mean = looks.mean(0)[0].cpu()
+            probability = largest_component(mean)
+            if not probability.any():
+                return None
+            gland = MetaTensor(probability[None], affine=affine)
+            (before, first), (centre, length) = (centre, length), close_up(gland)
+        inside = on_cube(MetaTensor(torch.ones_like(image), affine=volume.affine.cpu()), affine)[0, 0]
+        return gland, {
+            "agreement": agreement(looks.cpu()),
+            "blur": ((mean * (1 - mean)).sum() / (probability > 0.5).sum()).item(),
+            "drift": (centre - before).norm().item() / length,
+            "growth": length / first,
+            "cut_percent": cut_percent(probability, inside),
+            "wrong_way": wrong_way(self.networks, cube, mirror, looks[: len(self.networks)]),
+        }

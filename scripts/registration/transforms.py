@@ -1,0 +1,193 @@
+"""Dictionary transforms of a pair: load and check, bring onto the fixed grid, warp back.
+
+The keys are the datalist's: `moving_image`, `fixed_image`, `moving_label`, `fixed_label`. Images are (C, X, Y, Z).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Orientation, Transform
+from torch import Tensor
+
+from scripts.data import checks, formats
+from scripts.data.datalist import IMAGES, KEYS, LABELS
+from scripts.network import fields
+from scripts.registration.initial_transform import align_glands, align_moments, read_start
+from scripts.registration.segmentation import CLOSE, NOMINAL, SIDE, close_up, coarsened, cube_affine, frame, moments
+
+GLANDS = ("moving_gland", "fixed_gland")
+
+
+class PlanFixedGridd(MapTransform):
+    """Plan the working grid: the fixed image's field of view in its own axes, reordered to RAS, isotropic.
+
+    Resamples nothing. Adds `grid_affine` (4, 4), voxel -> world RAS mm, and its `grid_size`; `start` (4, 4), fixed
+    world -> moving world; `start_stretch` (3,), by how much it stretches, but for a learned one by how much the glands
+    found differ, of which it takes a part; `spacing` (3,) in mm. A start that is no matrix is `start_displacement`
+    (3, X, Y, Z), RAS mm on the fixed image's grid: the moving volumes are pulled onto that grid by it, and `start` is
+    the identity.
+
+    Args:
+        spacing: voxel size of the working grid in mm; None or "none" keeps the fixed file's. "gland" measures by the
+            fixed gland that was found: the cube of its second look, whose `spacing` is in the millimetres of a gland of
+            nominal length, so that neither a small prostate nor a wrong voxel size in the headers changes anything; it
+            needs the glands that `scripts.registration.segmentation.FindGlandsd` adds.
+        start: "learned", see `initial_transform.align_glands`, between the glands that `segmentation.FindGlandsd`
+            added; "centroids", the labelled glands' centroids coincide, an oracle that only evaluates; or see `read_start`.
+        kind: of the learned start.
+    """
+
+    def __init__(self, spacing: float | None | str = 0.8, start: str = "centre", kind: str = "likelihood") -> None:
+        super().__init__(KEYS, allow_missing_keys=True)
+        self.by_gland = spacing == "gland"
+        self.spacing = None if spacing in (None, "none", "gland") else float(spacing)
+        self.start, self.kind = start, kind
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        if self.by_gland and "fixed_gland" not in data:
+            raise checks.InputError('spacing "gland" needs the glands that the weights of a learned start find')
+        start, between = torch.eye(4, dtype=torch.float64), None
+        if self.start == "learned":
+            start = align_glands(data["fixed_gland"], data["moving_gland"], self.kind)
+            between = align_moments(moments(data["fixed_gland"]), moments(data["moving_gland"]), "affine")
+        elif self.start == "centroids":
+            start = self._between_labels(data)
+        else:
+            steps = read_start(self.start, data["moving_image"], data["fixed_image"])
+            if any(isinstance(step, formats.Displacement) for step in steps):
+                data = self._pulled(data, steps)
+            else:
+                for step in steps:
+                    start = step @ start
+        grid_affine, size, spacing = (self._around_gland if self.by_gland else self._field_of_view)(data)
+        plan = {"grid_affine": grid_affine, "grid_size": size, "start": start, "spacing": spacing}
+        plan["start_stretch"] = torch.linalg.svdvals((start if between is None else between)[:3, :3])
+        return dict(data) | self._without_aliasing(data, plan) | plan
+
+    def _pulled(self, data: Mapping[Hashable, MetaTensor], steps: Sequence[formats.Step]) -> dict:
+        """A pair whose moving volumes went through a start that is no matrix, and that start as a displacement."""
+        affine, size = data["fixed_image"].affine.double(), data["fixed_image"].shape[1:]
+        x = fields.world_grid(size, affine)
+        to, known = formats.forward(steps, x)
+        if not known.all():
+            percent = 100 * known.double().mean().item()
+            raise checks.InputError(f"{self.start}: covers {percent:.0f} % of the fixed image; a start must cover all")
+        pulled = {
+            key: MetaTensor(
+                fields.pull(data[key].as_tensor()[None], data[key].affine, to - x, affine)[0].float(), affine=affine
+            )
+            for key in ("moving_image", "moving_label", "moving_gland")
+            if key in data
+        }
+        return dict(data) | pulled | {"start_displacement": (to - x)[0]}
+
+    def _without_aliasing(self, data: Mapping[Hashable, MetaTensor], plan: Mapping[str, Tensor]) -> dict:
+        """The volumes of a pair, coarsened where the working grid is measured by the gland; labels stay binary."""
+        if not self.by_gland:
+            return {}
+        coarse = {}
+        for key in self.key_iterator(data):
+            coarse[key] = coarsened(data[key], grid_to_world(plan, key))
+            if key in LABELS:
+                coarse[key] = (coarse[key] >= 0.5).float()
+        return coarse
+
+    @staticmethod
+    def _between_labels(data: Mapping[Hashable, MetaTensor]) -> Tensor:
+        for key in LABELS:
+            if key not in data or not data[key][:1].any():
+                raise checks.InputError(f'{data.get("case")}: start "centroids" needs label 0, the gland, in {key}')
+        return align_moments(*(moments(data[key][:1]) for key in LABELS[::-1]), "translation")
+
+    @staticmethod
+    def _around_gland(data: Mapping[Hashable, MetaTensor]) -> tuple[Tensor, list[int], Tensor]:
+        centre, length = close_up(data["fixed_gland"])
+        nominal = torch.full((3,), CLOSE * NOMINAL / SIDE, dtype=torch.float64)
+        return cube_affine(centre, frame(data["fixed_image"])[1], length), [SIDE] * 3, nominal
+
+    def _field_of_view(self, data: Mapping[Hashable, MetaTensor]) -> tuple[Tensor, list[int], Tensor]:
+        fixed = Orientation(axcodes="RAS", labels=None)(data["fixed_image"])
+        affine = fixed.affine.double()
+        old = affine[:3, :3].norm(dim=0)
+        new = torch.full((3,), self.spacing, dtype=torch.float64) if self.spacing else old
+        old_size = torch.tensor(fixed.shape[1:], dtype=torch.float64)
+        size = (old_size * old / new - 1e-3).ceil()
+        grid_affine = affine.clone()
+        grid_affine[:3, :3] *= new / old
+        grid_affine[:3, 3] += affine[:3, :3] @ ((old_size - 1) / 2) - grid_affine[:3, :3] @ ((size - 1) / 2)
+        return grid_affine, size.int().tolist(), new
+
+
+def grid_to_world(plan: Mapping[Hashable, Tensor], key: str) -> Tensor:
+    """Voxel of the planned working grid -> world of the volume called `key`, shape (4, 4), float64."""
+    return plan["start"] @ plan["grid_affine"] if key.startswith("moving") else plan["grid_affine"]
+
+
+def from_grid(data: Mapping[Hashable, MetaTensor], key: str) -> Tensor:
+    """Voxel of the planned working grid -> voxel of the volume `data[key]`, shape (4, 4), float64."""
+    return torch.linalg.inv(data[key].affine.double()) @ grid_to_world(data, key)
+
+
+class OntoFixedGridd(PlanFixedGridd):
+    """Bring a pair onto the working grid of `PlanFixedGridd`; same arguments.
+
+    Each volume is interpolated once: the moving image is pulled through the start alignment straight onto the grid.
+    Adds `image`, the network's input (2, X, Y, Z): channel 0 moving, 1 fixed; glands that were found are channels 2 and
+    3. Replaces the labels by soft maps (M, X, Y, Z) on the same grid.
+    """
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        d = super().__call__(data)
+        size = d.pop("grid_size")
+        for key in [k for k in (*KEYS, *GLANDS) if k in d]:
+            padding = "border" if key in IMAGES else "outside"
+            volume = d[key].as_tensor()[None].double()
+            d[key] = fields.resample(volume, from_grid(d, key), size, padding_mode=padding)[0].float()
+        d["image"] = torch.cat([d.pop(key) for key in (*IMAGES, *GLANDS) if key in d])
+        return d
+
+
+class KeepOriginalsd(MapTransform):
+    """Keep each volume as loaded under `original_…`, for the final warp and the metrics on the original grid."""
+
+    def __init__(self) -> None:
+        super().__init__(KEYS, allow_missing_keys=True)
+
+    def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
+        return dict(data) | {f"original_{key}": data[key] for key in self.key_iterator(data)}
+
+
+def to_original_grid(data: Mapping[Hashable, Tensor], ddf: Tensor) -> dict[str, Tensor]:
+    """A DDF of the working grid as one transform between the original images, and the moving volumes warped by it.
+
+    Args:
+        data: `grid_affine`, `start`, `start_displacement` if there is one, and the `original_…` volumes.
+        ddf: shape (3, X, Y, Z), voxels of the working grid; zero gives the start alignment alone.
+
+    Returns:
+        `displacement` (3, X, Y, Z), RAS mm on the original fixed grid, start alignment composed in; `moving_image` and,
+        where there are moving labels, `moving_label` (soft maps), on that grid, each interpolated once.
+    """
+    affine, size = data["original_fixed_image"].affine, data["original_fixed_image"].shape[1:]
+    ddf = torch.as_tensor(ddf)[None].cpu()
+    u = fields.world_displacement(ddf, data["grid_affine"].cpu(), data["start"].cpu(), affine, size)
+    if "start_displacement" in data:
+        x = fields.world_grid(size, affine)
+        u = fields.displaced(data["start_displacement"][None].cpu(), affine.double(), x + u) - x
+    result = {"displacement": u[0]}
+    for key in ("moving_image", "moving_label"):
+        if f"original_{key}" in data:
+            volume = data[f"original_{key}"]
+            result[key] = fields.pull(volume.as_tensor()[None], volume.affine, u, affine)[0].float()
+    return result
+
+
+class ToOriginalGridd(Transform):
+    """Add `displacement`, `warped_moving_image` and `warped_moving_label` from `pred`, see `to_original_grid`."""
+
+    def __call__(self, data: Mapping[Hashable, Tensor]) -> dict:
+        result = to_original_grid(data, data["pred"])
+        return dict(data) | {k if k == "displacement" else f"warped_{k}": v for k, v in result.items()}

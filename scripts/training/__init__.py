@@ -1,0 +1,1 @@
+"""Batches, engine, checkpoints, several processes. May import `phantoms` and what is below."""

@@ -1,0 +1,288 @@
+"""Training batches from a cohort that lives on the device: draw, start alignment and augmentation as one map.
+
+Nothing is resampled before it is drawn. A step draws pairs, a label of each and a random affine for each side, composes
+them with the start alignment into one affine map per volume, and interpolates each volume once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from scripts.data.checks import InputError
+from scripts.data.gate import read
+from scripts.network import fields
+from scripts.phantoms.phantom import MODES, PhantomPair, simulate_pair
+from scripts.registration.transforms import from_grid
+
+SIDES = ("moving", "fixed")
+RENEWAL = 4  # batches until a simulated pair is replaced by a new one
+
+
+def as_loaded(phantom: PhantomPair) -> dict[str, Any]:
+    """A phantom's images and labels as `scripts.data.pairs.LoadPaird` leaves those of files."""
+    pair = {}
+    for side in SIDES:
+        affine = torch.as_tensor(getattr(phantom, f"{side}_affine"))
+        image, label = getattr(phantom, f"{side}_image"), getattr(phantom, f"{side}_label")
+        pair[f"{side}_image"] = MetaTensor(image[None], affine=affine)
+        pair[f"{side}_label"] = MetaTensor(label.movedim(-1, 0).float(), affine=affine)
+    return pair
+
+
+class SimulatedPairs(Dataset):
+    """New phantoms without end, as `scripts.data.pairs.LoadPaird` leaves a pair: item k is drawn from (seed, k) alone.
+
+    Fields of view and voxel sizes vary as those of clinical scans do; some 40 to 60 voxels along the longest edge.
+
+    Args:
+        mode: see `scripts.phantoms.phantom.simulate_pair`; or "mixed", either of its modes with equal chance.
+        seed: of all pairs.
+        device: where they are made and left.
+        transform: applied to each pair.
+    """
+
+    def __init__(
+        self,
+        mode: str = "randomised",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        transform: Callable[[dict], dict] | None = None,
+    ) -> None:
+        self.mode, self.seed, self.device, self.transform = mode, seed, device, transform
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        random = np.random.default_rng([self.seed, index])
+        trus, mr = random.uniform((80, 60, 55), (115, 95, 85)), random.uniform((90, 90, 70), (170, 150, 115))  # mm
+        voxels = [edges.max() / random.uniform(40, 60) for edges in (trus, mr)]
+        shapes = [np.ceil(e / v).astype(int).tolist() for e, v in zip((trus, mr), voxels, strict=True)]
+        mode = MODES[random.integers(len(MODES))] if self.mode == "mixed" else self.mode
+        made = simulate_pair(random, shapes[0], voxels[0], shapes[1], voxels[1], mode, device=self.device)
+        pair = as_loaded(made) | {"case": f"phantom{index}", "simulated": True}
+        return self.transform(pair) if self.transform else pair
+
+
+class Pool:
+    """Pairs to draw from: a cohort that is read once, and simulated pairs, the oldest replaced every few batches.
+
+    Args:
+        dataset: the cohort; may be empty where pairs are simulated.
+        simulated: makes a new pair for each index, without end; None to draw from the cohort alone.
+        share: of the draws that are simulated pairs.
+        size: simulated pairs kept at a time.
+        keep: what to keep of a pair.
+        num_workers: processes that read the cohort.
+
+    Raises:
+        InputError: nothing to draw from.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        simulated: Dataset | None,
+        share: float,
+        size: int,
+        keep: Callable[[Mapping[str, Any]], dict[str, Any]],
+        num_workers: int = 0,
+    ) -> None:
+        self.pairs = []
+        for pair in tqdm(read(dataset, num_workers), desc="Reading", unit="pair", disable=len(dataset) < 2):
+            if isinstance(pair, InputError):
+                raise pair
+            self.pairs.append(keep(pair))
+        self.simulated, self.keep, self.share = simulated, keep, share if self.pairs else 1.0
+        count = range(size if simulated is not None and self.share > 0 else 0)
+        self.phantoms = [keep(simulated[i]) for i in tqdm(count, desc="Simulating", unit="pair", disable=not count)]
+        self.made, self.batches = len(self.phantoms), 0
+        if not self.pairs and not self.phantoms:
+            raise InputError("no pair to train on")
+
+    def draw(self, random: np.random.Generator) -> dict[str, Any]:
+        """One pair, each of its kind equally likely."""
+        simulated = self.phantoms and (self.share >= 1 or random.random() < self.share)
+        among = self.phantoms if simulated else self.pairs
+        return among[random.integers(len(among))]
+
+    def renew(self) -> None:
+        """Count a batch; at every fourth (`RENEWAL`) replace the oldest simulated pair by a new one."""
+        self.batches += 1
+        if self.phantoms and self.batches % RENEWAL == 0:
+            self.phantoms[self.made % len(self.phantoms)] = self.keep(self.simulated[self.made])
+            self.made += 1
+
+    def load_place(self, made: int, batches: int) -> None:
+        """Go on where a run was that had simulated `made` pairs and counted `batches`."""
+        size = len(self.phantoms)
+        for index in range(max(self.made, made - size), made):
+            self.phantoms[index % size] = self.keep(self.simulated[index])
+        self.made, self.batches = made, batches
+
+
+def corner_affine(uniform: np.ndarray, strength: float) -> np.ndarray:
+    """label-reg's random affine: four corners of [−1, 1]³ move inward by `strength * uniform` per coordinate (§3.2).
+
+    Args:
+        uniform: numbers in [0, 1], shape (4, 3), one row per corner.
+        strength: the largest shift in normalised units; 0.1 in label-reg.
+
+    Returns:
+        Shape (3, 4), output -> input coordinates in [−1, 1]³: at 0.1 the diagonal lies in [.9, 1], the off-diagonal
+        in ±.05, the translation in ±.1.
+    """
+    corners = np.array([[-1, -1, -1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]], dtype=float)
+    moved = corners - np.sign(corners) * strength * uniform
+    return np.linalg.solve(np.c_[corners, np.ones(4)], moved).T
+
+
+class CohortLoader:
+    """Endless variety from a small cohort: each pass gives `epoch_length` batches, drawn with replacement.
+
+    The draw is the paper's two-stage sampling, Eq. (3): a pair uniformly, then one of its labels uniformly. A label
+    that is empty in either image on the working grid is never drawn. The moving and the fixed side of a pair move
+    independently, an image and its label alike (§3.2). Images keep their border beyond their field of view, labels are
+    zero there. Where the working grids of a batch differ in size, the smaller ones lie in the middle, padded by zeros.
+
+    A batch is a dictionary: `image` (B, 2, X, Y, Z), channel 0 moving, 1 fixed, and where glands
+    were found those as channels 2 and 3; `moving_label` and `fixed_label`
+    (B, 1, X, Y, Z), all on the device; `spacing` (B, 3) in mm, on the CPU; `case`, a list.
+
+    Where several processes train together, each draws every batch as a single process would and makes its share of it.
+
+    Args:
+        dataset: pairs as `scripts.registration.transforms.PlanFixedGridd` leaves them.
+        batch_size: pairs of a batch, of all processes together.
+        epoch_length: batches of a pass.
+        device: where the cohort lives and the batches are made.
+        augmentation: the strength of `corner_affine`; 0 switches it off.
+        seed: of the draws.
+        num_workers: processes that read the files.
+        simulated, share, pool: see `Pool`; a simulated pair is replaced every few batches.
+        rank, world_size: which of how many processes this is.
+
+    Raises:
+        InputError: no pair, a pair without a label that can be drawn, or a batch that cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        epoch_length: int,
+        device: torch.device | str,
+        augmentation: float = 0.1,
+        seed: int = 0,
+        num_workers: int = 0,
+        simulated: Dataset | None = None,
+        share: float = 0.0,
+        pool: int = 32,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % world_size:
+            raise InputError(f"batch_size {batch_size}: {world_size} processes cannot share it evenly; give a multiple")
+        own = batch_size // world_size
+        self.mine = slice(rank * own, (rank + 1) * own)  # of a batch
+        self.batch_size = batch_size
+        self.epoch_length = epoch_length
+        self.device = torch.device(device)
+        self.augmentation = augmentation
+        self.random = np.random.default_rng(seed)
+        self.pool = Pool(dataset, simulated, share, pool, self._keep, num_workers)
+
+    def __len__(self) -> int:
+        return self.epoch_length
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the draws, for a checkpoint: a resumed run draws what an uninterrupted one would have drawn."""
+        # numpy's state has integers of 128 bits, which only text holds safely in a file of plain tensors
+        random = json.dumps(self.random.bit_generator.state)
+        return {"random": random, "made": self.pool.made, "batches": self.pool.batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.random.bit_generator.state = json.loads(state["random"])
+        self.pool.load_place(state["made"], state["batches"])
+
+    def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a pair stays on the device: images in float32, labels in uint8, and the maps from its grid."""
+        pair = {k: data[k] for k in ("case", "spacing")} | {"size": tuple(data["grid_size"])}
+        present = []
+        for side in SIDES:
+            pair[side] = {"to_volume": from_grid(data, f"{side}_image")}
+            image, gland = data[f"{side}_image"], data.get(f"{side}_gland")
+            volume = image.as_tensor()
+            if gland is not None:  # on the image's own grid, so that one interpolation serves both
+                to_gland = torch.linalg.inv(gland.affine.double()) @ image.affine.double()
+                found = gland.as_tensor()[None].float()
+                found = fields.resample(found, to_gland, image.shape[1:], padding_mode="outside")
+                volume = torch.cat([volume, found[0].to(volume)])
+            pair[side]["image"] = volume.to(self.device)
+            label = data[f"{side}_label"].as_tensor().to(self.device)
+            on_grid = fields.resample(
+                label[None].float(), pair[side]["to_volume"], pair["size"], padding_mode="outside"
+            )
+            present.append((on_grid[0] >= 0.5).flatten(1).any(1).tolist())
+            pair[side]["label"] = label.to(torch.uint8)
+        pair["drawable"] = np.flatnonzero(np.all(present, axis=0))
+        if not len(pair["drawable"]):
+            raise InputError(f"{pair['case']}: no label is present in both images on the working grid")
+        return pair
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _ in range(self.epoch_length):
+            pairs = [self.pool.draw(self.random) for _ in range(self.batch_size)]
+            self.pool.renew()
+            size = tuple(max(pair["size"][axis] for pair in pairs) for axis in range(3))
+            drawn = [(pair, self._draw(pair)) for pair in pairs][self.mine]
+            made = [self._make(pair, size, *draw) for pair, draw in drawn]
+            batch = {key: torch.cat([volumes[key] for volumes in made]) for key in made[0]}
+            moving, fixed = batch.pop("moving_image"), batch.pop("fixed_image")
+            yield {
+                # moving, fixed, and the same of their glands
+                "image": torch.stack([moving, fixed], dim=2).flatten(1, 2),
+                **batch,
+                "spacing": torch.stack([pair["spacing"] for pair, _ in drawn]),
+                "case": [pair["case"] for pair, _ in drawn],
+            }
+
+    def _draw(self, pair: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
+        """One label of a pair, and the augmentation of its moving and fixed side, (4, 4) in [−1, 1]³."""
+        m, affines = int(self.random.choice(pair["drawable"])), torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
+        for affine in affines if self.augmentation else ():
+            affine[:3] = torch.from_numpy(corner_affine(self.random.random((4, 3)), self.augmentation))
+        return m, list(affines)
+
+    def _make(
+        self, pair: Mapping[str, Any], size: Sequence[int], m: int, affines: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Both images of a pair, with their glands, and its label `m` on a grid of `size`, each (1, C, *size)."""
+        own = pair["size"]
+        low = [(n - k) // 2 for n, k in zip(size, own, strict=True)]
+        from_padded, to_normalised = torch.eye(4, dtype=torch.float64), fields.normalised(own)
+        from_padded[:3, 3] = -torch.tensor(low, dtype=torch.float64)
+        volumes = {}
+        for side, affine in zip(SIDES, affines, strict=True):
+            moved = torch.linalg.inv(to_normalised) @ affine @ to_normalised @ from_padded
+            kept = pair[side]
+            volume = torch.cat([kept["image"], kept["label"][m : m + 1].to(kept["image"].dtype)])[None]
+            to_volume = kept["to_volume"] @ moved
+            padding = ["border"] + ["outside"] * (volume.shape[1] - 1)
+            sampled = fields.resample(volume, to_volume, size, padding_mode=padding)
+            if tuple(size) != own:
+                inside = (..., *(slice(a, a + n) for a, n in zip(low, own, strict=True)))
+                padded = torch.zeros_like(sampled)
+                padded[inside] = sampled[inside]
+                sampled = padded
+            volumes[f"{side}_image"], volumes[f"{side}_label"] = sampled[:, :-1], sampled[:, -1:]
+        return volumes

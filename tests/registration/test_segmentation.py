@@ -1,0 +1,515 @@
+"""The learned start: moments of two glands give the map between them, wherever and however the images lie."""
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from torch import nn
+
+from scripts.data.checks import InputError
+from scripts.network import fields
+from scripts.registration.initial_transform import align_likelihood, align_moments
+from scripts.registration.outputs import glands_found
+from scripts.registration.segmentation import (
+    SIDE,
+    FindGlandsd,
+    cube_affine,
+    frame,
+    largest_component,
+    mirrored_looks,
+    moments,
+    on_cube,
+    wrong_way,
+)
+from scripts.registration.transforms import (
+    KeepOriginalsd,
+    OntoFixedGridd,
+    PlanFixedGridd,
+    ToOriginalGridd,
+    to_original_grid,
+)
+from scripts.training.cohort import RENEWAL, CohortLoader, SimulatedPairs
+from scripts.training.gland_cubes import GlandLoader
+
+
+def turned(spacing, angle, origin=(0, 0, 0), flips=(1, 1, 1)):
+    """An oblique affine, voxel -> world mm."""
+    c, s = np.cos(angle), np.sin(angle)
+    affine = np.eye(4)
+    affine[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ np.diag(np.multiply(spacing, flips))
+    affine[:3, 3] = origin
+    return torch.from_numpy(affine)
+
+
+def ellipsoid(size, affine, centre, axes):
+    """1 inside an ellipsoid given in world mm, 0 outside: (1, *size) with its affine."""
+    x = fields.transform_points(affine, fields.identity_grid(size, torch.float64, "cpu")[None])[0]
+    away = torch.stack([(x[i] - centre[i]) / axes[i] for i in range(3)]).square().sum(0)
+    return MetaTensor((away <= 1).float()[None], affine=affine)
+
+
+def middle(size, affine):
+    return (affine[:3, :3] @ torch.tensor([(n - 1) / 2 for n in size], dtype=torch.float64) + affine[:3, 3]).tolist()
+
+
+class Bright(nn.Module):
+    """A network that calls gland what is brighter than the mean of its cube."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(8.0))
+
+    def forward(self, x):
+        return self.gain * (x - 0.5)
+
+
+def start_of(moving, fixed, weights):
+    """The learned start of a pair, fixed world -> moving world."""
+    found = FindGlandsd(Bright(), weights)({"moving_image": moving, "fixed_image": fixed})
+    return PlanFixedGridd(None, "learned")(found)["start"]
+
+
+@pytest.fixture
+def weights(tmp_path):
+    torch.save(Bright().state_dict(), tmp_path / "start.pt")
+    return str(tmp_path / "start.pt")
+
+
+def test_moments_of_an_ellipsoid_are_its_centre_and_a_fifth_of_its_squared_axes():
+    affine, size = turned((0.7, 0.9, 1.1), 0.0, (5, -3, 2)), (60, 50, 40)
+    centre, covariance = moments(ellipsoid(size, affine, middle(size, affine), (15, 12, 10)))
+    assert torch.allclose(centre, torch.tensor(middle(size, affine), dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(
+        covariance, torch.diag(torch.tensor([45, 28.8, 20], dtype=torch.float64)), rtol=0.03, atol=0.1
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (4, 2, 3)])
+def test_moments_of_voxels_are_those_of_the_body_they_make(size):
+    affine = turned((0.7, 0.9, 2.5), 0.4, (5, -3, 2), flips=(-1, 1, 1))
+    box = torch.zeros(1, 9, 9, 9)
+    box[0, 2 : 2 + size[0], 3 : 3 + size[1], 5 : 5 + size[2]] = 1
+    _, covariance = moments(MetaTensor(box, affine=affine))
+    edges = affine[:3, :3] * torch.tensor(size, dtype=torch.float64)
+    assert torch.allclose(covariance, edges @ edges.T / 12, atol=1e-9)  # a box of uniform density
+
+
+@pytest.mark.parametrize("kind", ["translation", "scaling", "affine"])
+def test_the_start_takes_centroid_to_centroid_and_the_affine_one_covariance_to_covariance(kind):
+    rng = torch.Generator().manual_seed(0)
+    sides = [(torch.randn(3, generator=rng).double(), torch.randn(3, 5, generator=rng).double()) for _ in range(2)]
+    (cf, sf), (cm, sm) = [(c, m @ m.T) for c, m in sides]
+    start = align_moments((cf, sf), (cm, sm), kind)
+    linear = start[:3, :3]
+    assert torch.allclose(linear @ cf + start[:3, 3], cm)
+    assert torch.allclose(linear, linear.T) and (torch.linalg.eigvalsh(linear) > 0).all()  # never turns or mirrors
+    if kind == "scaling":
+        assert torch.allclose(linear.det() ** 2, sm.det() / sf.det())
+    if kind == "affine":
+        assert torch.allclose(linear @ sf @ linear.T, sm)
+
+
+def test_equal_glands_leave_the_start_at_the_identity():
+    same = torch.tensor([1.0, 2, 3]).double(), torch.diag(torch.tensor([4.0, 5, 6]).double())
+    assert torch.allclose(align_moments(same, same), torch.eye(4, dtype=torch.float64))
+
+
+def soft_ellipsoid(centre, axes, size=(32, 32, 32), mm=2.2, softness=1.0):
+    """Probability of a gland on a cube that is 1, -1 and 0.5 mm off it, falling off over `softness` mm."""
+    affine = torch.diag(torch.tensor([mm, mm, mm, 1], dtype=torch.float64))
+    affine[:3, 3] = torch.tensor(centre) + torch.tensor([1, -1, 0.5]) - mm * (torch.tensor(size) - 1) / 2
+    points = affine[:3, :3] @ torch.stack(torch.meshgrid(*map(torch.arange, size), indexing="ij")).flatten(1).double()
+    points = points + affine[:3, 3:] - torch.tensor(centre, dtype=torch.float64)[:, None]
+    out = (points / torch.tensor(axes, dtype=torch.float64)[:, None]).norm(dim=0) - 1
+    return MetaTensor((-out * min(axes) / softness).sigmoid().float().view(1, *size), affine=affine)
+
+
+def test_the_likeliest_start_finds_a_shift_and_part_of_a_stretch():
+    fixed = soft_ellipsoid((0, 0, 0), (22, 18, 16))
+    shifted = align_likelihood(fixed, soft_ellipsoid((7, -5, 3), (22, 18, 16)))
+    assert torch.allclose(shifted[:3, 3], torch.tensor([7.0, -5, 3]).double(), atol=0.2)
+    assert torch.allclose(shifted[:3, :3], torch.eye(3).double(), atol=0.02)
+    stretched = align_likelihood(fixed, soft_ellipsoid((7, -5, 3), (22 * 1.3, 18, 16)))
+    assert torch.allclose(stretched[:3, 3], torch.tensor([7.0, -5, 3]).double(), atol=0.3)
+    assert 1.04 < stretched[0, 0] < 1.25 and torch.allclose(stretched[1:3, 1:3], torch.eye(2).double(), atol=0.05)
+
+
+def test_an_end_that_is_seen_without_confidence_does_not_move_the_likeliest_start():
+    fixed, moving = soft_ellipsoid((0, 0, 0), (22, 18, 16)), soft_ellipsoid((7, -5, 3), (22, 18, 16))
+    values = moving.as_tensor().clone()
+    height = torch.arange(32).expand_as(values[0])
+    unsure = MetaTensor(torch.where(height > 19, values.clamp_max(0.45), values), affine=moving.affine)
+    starts = [align_likelihood(fixed, unsure), align_moments(moments(fixed), moments(unsure))]
+    likeliest, by_moments = (abs(start[2, 3].item() - 3) for start in starts)
+    assert likeliest < 0.3 and by_moments > 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_everything_is_gland_the_likeliest_start_keeps_near_the_centroids(seed):
+    generator = torch.Generator().manual_seed(seed)
+    whole = []
+    for mm, offset in ((2.0, 0.0), (2.5, 9.0)):
+        affine = torch.diag(torch.tensor([mm, mm, mm, 1], dtype=torch.float64))
+        affine[:3, 3] = offset
+        logits = 5 + torch.nn.functional.interpolate(
+            torch.randn(1, 1, 3, 3, 3, generator=generator), size=(32, 32, 32), mode="trilinear"
+        )
+        whole.append(MetaTensor(logits[0].sigmoid(), affine=affine))
+    fixed, moving = whole
+    (centre, covariance), (target, _) = moments(fixed), moments(moving)
+    start = align_likelihood(fixed, moving)
+    off = start[:3, :3] @ centre + start[:3, 3] - target
+    assert off.abs().max() <= torch.linalg.det(covariance) ** (1 / 6)
+
+
+def test_the_plan_says_how_much_the_glands_differ_not_what_the_start_takes_of_it():
+    moving, fixed = soft_ellipsoid((7, -5, 3), (22 * 1.3, 18, 16 / 1.2)), soft_ellipsoid((0, 0, 0), (22, 18, 16))
+    pair = {
+        f"{side}_{what}": gland for side, gland in (("moving", moving), ("fixed", fixed)) for what in ("image", "gland")
+    }
+    for kind in ("likelihood", "translation"):
+        plan = PlanFixedGridd(2.0, "learned", kind)(pair)
+        assert plan["start_stretch"].max() == pytest.approx(1.3, abs=0.02)
+        assert plan["start_stretch"].min() == pytest.approx(1 / 1.2, abs=0.02)
+        assert torch.linalg.svdvals(plan["start"][:3, :3]).max() < 1.2
+    centred = PlanFixedGridd(2.0, "centre")(pair)
+    assert torch.allclose(centred["start_stretch"], torch.ones(3).double())
+
+
+def test_the_likeliest_start_turns_with_the_world():
+    fixed, moving = soft_ellipsoid((0, 0, 0), (22, 18, 16)), soft_ellipsoid((7, -5, 3), (25, 18, 15))
+    turn = turned((1, 1, 1), 0.3, (40, -7, 3))
+    turn = torch.as_tensor(turn, dtype=torch.float64)
+    there = [MetaTensor(volume.as_tensor(), affine=turn @ volume.affine) for volume in (fixed, moving)]
+    expected = turn @ align_likelihood(fixed, moving) @ torch.linalg.inv(turn)
+    assert torch.allclose(align_likelihood(*there), expected, atol=0.01)
+
+
+def test_an_unknown_kind_is_refused():
+    same = torch.zeros(3).double(), torch.eye(3).double()
+    with pytest.raises(ValueError, match="rigid"):
+        align_moments(same, same, "rigid")
+
+
+@pytest.mark.parametrize(
+    ("moving_affine", "fixed_affine"),
+    [
+        (turned((1, 1, 1), 0.0), turned((1, 1, 1), 0.0, (40, -7, 3))),
+        (turned((0.6, 0.6, 2.5), 0.3, (9, 1, 2)), turned((0.8, 1.2, 0.9), -0.2, (1, 2, 3))),
+        (turned((1, 1, 1.5), 0.2, flips=(-1, -1, 1)), turned((1, 1, 1), 0.1, flips=(1, -1, -1))),
+    ],
+)
+def test_the_start_finds_bright_glands_in_oblique_anisotropic_and_flipped_volumes(moving_affine, fixed_affine, weights):
+    sizes = [(64, 60, 30), (60, 50, 56)]
+    volumes, centres = [], []
+    for size, affine, shift in zip(sizes, (moving_affine, fixed_affine), ((4, -3, 2), (-2, 5, -4)), strict=True):
+        centres.append([m + d for m, d in zip(middle(size, affine), shift, strict=True)])
+        volumes.append(ellipsoid(size, affine, centres[-1], (12, 10, 9)))
+    start = start_of(*volumes, weights)
+    mapped = start[:3, :3] @ torch.tensor(centres[1], dtype=torch.float64) + start[:3, 3]
+    assert torch.allclose(mapped, torch.tensor(centres[0], dtype=torch.float64), atol=0.4)
+    assert torch.allclose(start[:3, :3], torch.eye(3, dtype=torch.float64), atol=0.1)
+
+
+def test_a_wrong_voxel_size_in_both_headers_does_not_change_the_start_in_voxels(weights):
+    starts = []
+    for mm in (1.0, 0.25):
+        affine = turned((mm, mm, mm), 0.0)
+        moving = ellipsoid((48, 48, 40), affine, [mm * v for v in (20, 25, 22)], (10 * mm, 9 * mm, 8 * mm))
+        fixed = ellipsoid((40, 50, 40), affine, [mm * v for v in (22, 22, 18)], (11 * mm, 9 * mm, 7 * mm))
+        start = start_of(moving, fixed, weights)
+        start[:3, 3] /= mm
+        starts.append(start)
+    assert torch.allclose(*starts, atol=1e-4)
+
+
+class Upright(nn.Module):
+    """A network that knows the front of a patient from the back, and is surer of one side than of the other."""
+
+    def __init__(self, front):
+        super().__init__()
+        where = torch.linspace(-1, 1, 32)
+        self.front, self.side = (where.view([32 if i == axis else 1 for i in range(3)]) for axis in (front, 1 - front))
+
+    def forward(self, x):
+        return 4 * (x - 0.5) * (2 + self.side) - 20 * (self.front > 0)
+
+
+@pytest.mark.parametrize("front", [0, 1])
+def test_the_mirror_image_is_taken_along_the_axis_in_which_the_patient_is_symmetric(front):
+    cube, network, side = torch.zeros(1, 1, 32, 32, 32), Upright(front), 3 - front
+    cube[..., 6:12, 6:12, 6:12] = 1
+    straight, mirrored = (network(c).sigmoid() for c in (cube, cube.flip(side)))
+    assert not torch.allclose(straight, mirrored.flip(side))
+    assert torch.allclose(mirrored_looks([network], cube)[0].mean(0), (straight + mirrored.flip(side)) / 2)
+
+
+class KnowsTheWay(nn.Module):
+    """A network that calls gland what is bright, where it is brighter above than below and in front than behind."""
+
+    def __init__(self, back):
+        super().__init__()
+        self.back = back
+
+    def forward(self, x):
+        means = [[half.mean((2, 3, 4), keepdim=True) for half in x.chunk(2, axis)] for axis in (4, self.back)]
+        upright = (means[0][1] > means[0][0]) & (means[1][1] > means[1][0])
+        return torch.where(upright, 8 * (x - 0.5), -8.0)
+
+
+@pytest.mark.parametrize("mirror", [2, 3])
+def test_a_body_that_is_turned_over_is_seen_by_a_network_that_knows_the_way_and_by_no_other(mirror):
+    back, bright = 5 - mirror, Bright()
+    x, y, z = torch.meshgrid(*[torch.linspace(-1, 1, SIDE)] * 3, indexing="ij")
+    ball = (x.square() + y.square() + z.square() < 0.3).float()
+    cube = (ball + 0.1 * z + 0.1 * (x if back == 2 else y))[None, None]
+    knows = KnowsTheWay(back)
+
+    def doubt(cube, *networks):
+        return wrong_way(networks, cube, mirror, torch.cat([network(cube).sigmoid() for network in networks]))
+
+    assert doubt(cube, knows) < -3
+    assert doubt(cube.flip(mirror), knows) == pytest.approx(doubt(cube, knows))
+    for over in ((4,), (back,), (4, back)):
+        assert doubt(cube.flip(over), knows) > 3
+        assert abs(doubt(cube.flip(over), bright)) < 1e-4
+        assert doubt(cube.flip(over), bright, knows) == pytest.approx(doubt(cube.flip(over), knows) / 2, abs=1e-4)
+    assert doubt(torch.zeros_like(cube), knows) == 0  # nothing to see, either way
+
+
+def test_several_networks_find_the_mean_of_their_probabilities(tmp_path):
+    paths, found = [], []
+    for k, gain in enumerate((4.0, 16.0)):
+        network = Bright()
+        nn.init.constant_(network.gain, gain)
+        paths.append(str(tmp_path / f"start_{k}.pt"))
+        torch.save(network.state_dict(), paths[-1])
+    cube = torch.rand(1, 1, 32, 32, 32)
+    both = FindGlandsd(Bright(), paths)
+    volume = ellipsoid((32, 32, 32), turned((1, 1, 1), 0.0), (15, 16, 15), (8, 9, 7))
+    both({"moving_image": volume, "fixed_image": volume})
+    for network in both.networks:
+        found.append(mirrored_looks([network], cube)[0].mean(0))
+    assert not torch.allclose(*found)
+    assert torch.allclose(mirrored_looks(both.networks, cube)[0].mean(0), sum(found) / 2, atol=1e-6)
+
+
+def test_an_image_without_a_gland_is_refused_by_name(weights):
+    gland = ellipsoid((30, 30, 30), turned((1, 1, 1), 0.0), (15, 15, 15), (8, 8, 8))
+    empty = MetaTensor(torch.linspace(0, 1e-3, 27000).view(1, 30, 30, 30) * 0 + 1, affine=gland.affine)
+    with pytest.raises(InputError, match="the moving image: no prostate found"):
+        start_of(empty, gland, weights)
+    with pytest.raises(InputError, match="mr.nii: no prostate found"):
+        FindGlandsd(Bright(), weights)({"moving_image": empty, "fixed_image": gland, "moving_file": "mr.nii"})
+
+
+def test_a_gland_of_one_voxel_is_no_crash(tmp_path):
+    class Brightest(Bright):
+        def forward(self, x):
+            return self.gain * (2.0 * (x == x.amax((2, 3, 4), keepdim=True)) - 1)
+
+    torch.save(Brightest().state_dict(), tmp_path / "start.pt")
+    volume = MetaTensor(torch.rand((1, 40, 40, 40), generator=torch.Generator().manual_seed(0)), affine=torch.eye(4))
+    found = FindGlandsd(Brightest(), str(tmp_path / "start.pt"))({"moving_image": volume, "fixed_image": volume})
+    doubts = found["fixed_doubts"]
+    assert (found["fixed_gland"] > 0.5).sum() == 1 and all(np.isfinite(value) for value in doubts.values())
+
+
+def test_the_glands_become_channels_of_the_networks_input_on_the_fixed_grid(weights):
+    affine = turned((1, 1, 1), 0.1)
+    pair = {"moving_image": ellipsoid((40, 40, 40), affine, (15, 20, 22), (10, 9, 8))}
+    pair["fixed_image"] = ellipsoid((40, 40, 40), affine, (13, 22, 18), (10, 9, 8))
+    image = OntoFixedGridd(None, "learned")(FindGlandsd(Bright(), weights)(pair))["image"]
+    assert image.shape == (4, 40, 40, 40)
+    for channel in (0, 2, 3):  # moving, its gland and the fixed gland, all where the fixed image is
+        a, b = image[channel] > 0.5, image[1] > 0.5
+        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.9
+
+
+@pytest.mark.parametrize("spacing", ["gland", 1.7])
+def test_the_outlines_of_the_overview_are_the_glands_found_where_the_written_field_takes_them(spacing, weights):
+    moving, fixed = turned((1.1, 0.9, 1.6), 0.3, flips=(-1, -1, 1)), turned((1.2, 0.8, 1), -0.2, (60, 5, 9))
+    pair = {"moving_image": ellipsoid((50, 54, 34), moving, (-25, -27, 22), (12, 9, 8))}
+    pair["fixed_image"] = ellipsoid((40, 56, 44), fixed, (93, 24, 32), (11, 10, 8))
+    d = OntoFixedGridd(spacing, "learned")(KeepOriginalsd()(FindGlandsd(Bright(), weights)(pair)))
+    x = torch.linspace(0, 3, d["image"].shape[1])[:, None, None].expand(d["image"].shape[1:])
+    d = ToOriginalGridd()(d | {"pred": torch.stack([x.sin(), 0 * x, x.cos()])})
+    drawn = glands_found(d)
+    true = {"fixed_gland": d["original_fixed_image"], "gland_after": d["warped_moving_image"]}
+    true["gland_before"] = to_original_grid(d, torch.zeros_like(d["pred"]))["moving_image"]
+    for name, gland in drawn.items():
+        a, b = gland > 0.5, torch.as_tensor(true[name]) > 0.5
+        assert a.shape == b.shape == (1, 40, 56, 44)
+        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.93, name
+
+
+def test_training_batches_hold_the_same_input_as_registration(weights):
+    affine = turned((1.2, 1, 1), 0.1)
+    pair = {"case": "a", "moving_image": ellipsoid((30, 40, 40), affine, (15, 20, 22), (10, 9, 8))}
+    pair["fixed_image"] = ellipsoid((30, 40, 40), affine, (13, 22, 18), (10, 9, 8))
+    pair |= {f"{side}_label": pair[f"{side}_image"].clone() for side in ("moving", "fixed")}
+    found = FindGlandsd(Bright(), weights)(pair)
+    (batch,) = CohortLoader([PlanFixedGridd(1.5, "learned")(found)], 1, 1, "cpu", augmentation=0)
+    image = OntoFixedGridd(1.5, "learned")(found)["image"]
+    torch.testing.assert_close(batch["image"][0, :2], image[:2], atol=1e-4, rtol=0)
+    assert (batch["image"][0, 2:] - image[2:]).abs().mean() < 0.01  # glands went through the image's grid
+
+
+def test_another_start_looks_for_no_gland(tmp_path):
+    pair = {"moving_image": 1, "fixed_image": 2}
+    assert FindGlandsd(Bright(), str(tmp_path / "none.pt"), wanted=False)(pair) == pair
+
+
+def test_the_largest_component_keeps_its_soft_rim_and_loses_the_others():
+    probability = torch.zeros(12, 12, 12)
+    probability[2:7, 2:7, 2:7] = 0.9
+    probability[1, 4, 4] = 0.3
+    probability[10, 10, 10] = 0.8
+    kept = largest_component(probability)
+    assert kept[4, 4, 4] == 0.9 and kept[1, 4, 4] == pytest.approx(0.3) and kept[10, 10, 10] == 0
+    assert not largest_component(probability * 0.5).any()
+
+
+def test_a_cube_of_a_fine_volume_holds_means_not_samples():
+    affine = turned((0.25, 0.25, 0.25), 0.0)
+    board = torch.arange(256).view(-1, 1, 1) % 2 * torch.ones(1, 256, 256)  # every second plane
+    volume = MetaTensor(board[None], affine=affine)
+    cube = on_cube(volume, cube_affine(*frame(volume)))
+    assert cube.shape == (1, 1, SIDE, SIDE, SIDE)
+    assert torch.allclose(cube, torch.full_like(cube, 0.5), atol=1e-6)
+
+
+def planned(simulated=False):
+    """A pair whose images are their own glands."""
+    pair = {"case": "a", "simulated": simulated}
+    for side, shift in (("moving", 3), ("fixed", -2)):
+        gland = ellipsoid((40, 36, 30), turned((1, 1, 1), 0.1), (18 + shift, 16, 14), (11, 9, 8))
+        pair |= {f"{side}_image": gland, f"{side}_label": torch.cat([gland, torch.zeros_like(gland)])}
+    return pair
+
+
+def test_without_augmentation_cubes_are_the_whole_volumes_moving_and_fixed_in_turn():
+    pair = planned()
+    (batch,) = GlandLoader([pair], 4, 1, "cpu", augmentation=0)
+    assert batch["image"].shape == batch["label"].shape == (4, 1, SIDE, SIDE, SIDE)
+    for i, side in enumerate(("moving", "fixed", "moving", "fixed")):
+        volume = pair[f"{side}_image"]
+        assert torch.equal(batch["label"][i : i + 1], on_cube(volume, cube_affine(*frame(volume))))
+
+
+def test_a_pair_without_a_gland_is_refused_by_name():
+    pair = planned()
+    pair["fixed_label"] = pair["fixed_label"].flip(0)
+    with pytest.raises(InputError, match="a: label 0, the gland, is empty in the fixed image"):
+        GlandLoader([pair], 2, 1, "cpu")
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_augmentation_moves_image_and_gland_alike(simulated):
+    for batch in GlandLoader([planned(simulated)], 4, 5, "cpu", seed=1):
+        for image, label in zip(batch["image"], batch["label"], strict=True):
+            assert abs(torch.corrcoef(torch.stack([image.flatten(), label.flatten()]))[0, 1]) > 0.6
+
+
+@pytest.mark.parametrize(("left_right", "front_back"), [(0, 1), (1, 0)])
+def test_the_wrong_way_is_upside_down_or_back_to_front_without_a_gland_and_never_another_mirror(left_right, front_back):
+    noise = MetaTensor(torch.rand((1, 9, 9, 9), generator=torch.Generator().manual_seed(0)), affine=torch.eye(4))
+    pair = planned() | {"moving_image": noise, "fixed_image": noise}
+    pair |= {f"{side}_label": (noise > 0.5).float() for side in ("moving", "fixed")}
+    (right,) = GlandLoader([pair], 1, 1, "cpu", augmentation=0)
+    assert right["label"].any()
+    ways = [right["image"].flip([2 + axis for axis in axes]) for axes in ([2], [front_back], [2, front_back])]
+    met = set()
+    for batch in GlandLoader([pair], 1, 30, "cpu", augmentation=0, left_right=left_right, wrong_way=1):
+        (way,) = [i for i, way in enumerate(ways) if torch.allclose(way, batch["image"], atol=1e-5)]
+        assert not batch["label"].any()
+        met.add(way)
+    assert met == {0, 1, 2}
+    some = GlandLoader([pair], 4, 40, "cpu", wrong_way=0.25)
+    assert 0.65 < np.mean([batch["label"].flatten(1).any(1).float().mean() for batch in some]) < 0.85
+
+
+def test_the_same_seed_gives_the_same_batches():
+    loaders = [GlandLoader([planned()], 2, 3, "cpu", seed=5) for _ in range(2)]
+    for one, two in zip(*loaders, strict=True):
+        assert torch.equal(one["image"], two["image"]) and torch.equal(one["label"], two["label"])
+
+
+class Shifted(torch.utils.data.Dataset):
+    """Simulated pairs, the index in their name."""
+
+    def __len__(self):
+        return 2**31
+
+    def __getitem__(self, index):
+        return planned(simulated=True) | {"case": f"phantom{index}"}
+
+
+def test_simulated_pairs_are_renewed_and_drawn_with_their_share():
+    loader = GlandLoader([planned()], 8, 3 * RENEWAL + 1, "cpu", simulated=Shifted(), share=0.5, pool=3)
+    before = list(loader.pool.phantoms)
+    list(loader)
+    assert loader.pool.made == 6 and not any(p is q for p in loader.pool.phantoms for q in before)
+    draws = [loader.pool.draw(loader.random)["simulated"] for _ in range(400)]
+    assert 0.4 < np.mean(draws) < 0.6
+    assert GlandLoader([], 2, 1, "cpu", simulated=Shifted(), share=0.1, pool=1).pool.share == 1
+    with pytest.raises(InputError, match="no pair"):
+        GlandLoader([], 2, 1, "cpu")
+
+
+def test_phantoms_without_end_fit_both_loaders_and_item_k_depends_on_seed_and_k_alone():
+    one, two = SimulatedPairs("realistic", seed=4)[7], SimulatedPairs("realistic", seed=4)[7]
+    assert torch.equal(one["fixed_image"], two["fixed_image"])
+    assert not torch.equal(one["fixed_image"], SimulatedPairs("realistic", seed=5)[7]["fixed_image"])
+    (batch,) = GlandLoader([], 2, 1, "cpu", simulated=SimulatedPairs(), pool=1)
+    assert 0.01 < batch["label"].mean() < 0.6
+    planned_pairs = SimulatedPairs(transform=PlanFixedGridd(4.0))
+    (batch,) = CohortLoader([], 2, 1, "cpu", simulated=planned_pairs, share=1, pool=2)
+    assert batch["image"].shape[:2] == (2, 2) and batch["fixed_label"].amax() > 0
+
+
+def pair_of(spacing):
+    """Two glands in volumes whose voxels are `spacing` mm in both headers, whatever they are in truth."""
+    made = {}
+    for side, size, axes in (("moving", (40, 44, 36), (9, 7, 8)), ("fixed", (44, 40, 38), (8, 8, 6))):
+        affine = turned((spacing,) * 3, 0.2)
+        centre, axes = middle(size, affine), [a * spacing for a in axes]
+        made[f"{side}_image"] = ellipsoid(size, affine, centre, axes)
+        made[f"{side}_label"] = made[f"{side}_image"].clone()
+    return made
+
+
+def test_a_grid_measured_by_the_gland_does_not_depend_on_the_voxel_size_in_the_headers(weights):
+    plan = OntoFixedGridd("gland", "learned")
+    fine, coarse = (plan(FindGlandsd(Bright(), weights)(pair_of(spacing))) for spacing in (0.4, 1.6))
+    assert fine["image"].shape == (4, SIDE, SIDE, SIDE)
+    torch.testing.assert_close(fine["image"], coarse["image"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(fine["spacing"], coarse["spacing"])
+    assert 0.05 < fine["fixed_label"].mean() < 0.3  # the gland is in the cube, and in it whole
+    border = fine["fixed_label"].clone()
+    border[:, 1:-1, 1:-1, 1:-1] = 0
+    assert not border.any()
+
+
+def test_a_fine_volume_is_averaged_onto_a_grid_measured_by_the_gland(weights):
+    made = pair_of(0.4)
+    noise = torch.Generator().manual_seed(0)
+    fine = {}
+    for key, volume in made.items():
+        affine = volume.affine.clone()
+        affine[:3, 3] -= affine[:3, :3] @ torch.full((3,), 0.375, dtype=torch.float64)
+        affine[:3, :3] /= 4  # the same volume in voxels of a quarter of the size
+        data = volume.as_tensor().repeat_interleave(4, 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        if key.endswith("image"):
+            data = data + 0.5 * torch.randn(data.shape, generator=noise)
+        fine[key] = MetaTensor(data, affine=affine)
+    found = FindGlandsd(Bright(), weights)(made)
+    glands = {k: v for k, v in found.items() if k.endswith("gland")}
+    plan = OntoFixedGridd("gland", "learned")
+    plain, averaged = plan(found)["image"], plan(fine | glands)["image"]
+    assert (averaged[:2] - plain[:2]).std() < 0.2  # of noise of 0.5
+
+
+def test_a_grid_measured_by_the_gland_needs_a_gland():
+    with pytest.raises(InputError, match="learned"):
+        PlanFixedGridd("gland", "centre")(pair_of(1.6))
