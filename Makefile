@@ -30,11 +30,11 @@ CROSSVAL = $(BIN)/python -m scripts crossval --cores_per_fold 1
 
 experiments: .venv/installed-test  ## every experiment of docs/experiments.md, two to three hours each; PAIRS is label-reg's sample
 	$(CROSSVAL) --dataset_dir $(PAIRS) --folds 4 --left_right 1 --base real_pairs_cpu+experiments_real \
-		--variants $(call joined,$(NETWORKS) start+fine_tune $(PAIRWISE)) --output_dir runs/experiments_real
+		--variants $(call joined,$(NETWORKS) segmentation+fine_tune $(PAIRWISE)) --output_dir runs/experiments_real
 	$(BIN)/python -m scripts report runs/experiments_real
 	test -d runs/paper_cohort || $(BIN)/python -m scripts phantom --like_paper --seed 1 --output_dir runs/paper_cohort
 	$(CROSSVAL) --dataset_dir runs/paper_cohort --folds 12 --patient_pattern '(patient[0-9]+)_' --base experiments_phantoms \
-		--variants $(call joined,baseline delta0 global_net start+fine_tune $(PAIRWISE)) --output_dir runs/experiments_phantoms
+		--variants $(call joined,baseline delta0 global_net segmentation+fine_tune $(PAIRWISE)) --output_dir runs/experiments_phantoms
 	$(BIN)/python -m scripts report runs/experiments_phantoms
 
 release: .venv/installed  ## dist/prostate_mr_trus_registration_vVERSION.zip, as MONAI's model zoo wants it

@@ -51,7 +51,7 @@ def batch(pairs: list[list[str]], folder: Path, count: int = 100, bad: int = 10)
             run_config("inference.json", dataset_dir=str(folder), output_dir=str(folder / "results"))
         except Exception as error:
             said = str(refusal(error) or "")
-    done = len(list((folder / "results").glob("*/qa.json")))
+    done = len(list((folder / "results").glob("*/qc.json")))
     named = sum(f"case{number:03d}" in said for number in range(count))
     refused = sum(line.startswith("refused: ") for line in errors.getvalue().splitlines())
     print(f"batch of {count} pairs, {bad} bad: {done} results, {refused} refusals, {named} named at the end")

@@ -3,8 +3,8 @@
 python benchmarks/phantom_page.py                                                    # writes docs/phantom.png
 python benchmarks/phantom_page.py --pairs DIR --left_right 1 --voxel_size 1.6        # label-reg's sample on top
 
-The phantoms are the first pairs of the training's own stream (`scripts.training.cohort.SimulatedPairs`, seed 0), unpicked;
-the pairs of DIR (see the README for its layout) are the first by name.
+The phantoms are the first pairs of the training's own stream (`cohort.SimulatedPairs`, seed 0), unpicked; the pairs of
+DIR (see the README for its layout) are the first by name.
 """
 
 from __future__ import annotations

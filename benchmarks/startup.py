@@ -49,14 +49,14 @@ STAGES = {  # stage -> functions, module:name
     "onto the working grid": ["scripts.registration.transforms:OntoFixedGridd.__call__"],
     "network and self-check": ["scripts.registration.precision:PrecisionInferer.__call__"],
     "onto the original grid": ["scripts.registration.transforms:ToOriginalGridd.__call__"],
-    "QA: start alignment alone": [
+    "QC: initial transform alone": [
         "scripts.registration.outputs:to_original_grid",
         "scripts.registration.outputs:qc.deformation",
     ],
-    "QA: folding, coverage, displacement": ["scripts.registration.outputs:qc.quality"],
+    "QC: folding, coverage, displacement": ["scripts.registration.outputs:qc.quality"],
     "write the overview": ["scripts.registration.outputs:save_overview"],
     "write ddf.nii.gz": ["scripts.registration.outputs:save_displacement"],
-    "write the warped image and qa.json": ["scripts.registration.outputs:save_registration"],
+    "write the warped image and qc.json": ["scripts.registration.outputs:save_registration"],
 }
 
 

@@ -19,7 +19,7 @@ def register(
     moving: str,
     fixed: str,
     output_dir: str,
-    start: str | None = None,
+    initial_transform: str | None = None,
     moving_labels: str | None = None,
     fixed_labels: str | None = None,
     overlay: str | None = None,
@@ -32,7 +32,7 @@ def register(
     Example:
         python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out
 
-    Writes warped_moving_image.nii.gz, ddf.nii.gz, overview.png and qa.json, and with labels
+    Writes warped_moving_image.nii.gz, ddf.nii.gz, overview.png and qc.json, and with labels
     warped_moving_label.nii.gz. ddf.nii.gz maps the original fixed world to the original moving world, in LPS mm, as ITK
     and ANTs read it: applied to the original moving image it gives the warped one. For other tools, --formats names
     any of: itk and slicer (ddf.h5), ants (ddf.nii.gz itself), niftyreg (niftyreg.nii.gz), elastix (transformix.txt),
@@ -43,10 +43,10 @@ def register(
         moving: the MR, a NIfTI, MetaImage or NRRD file, or a folder with one DICOM series.
         fixed: the TRUS volume, likewise.
         output_dir: where to write; made if it does not exist.
-        start: as the weights were trained: "learned" (the glands found in the two images coincide), which is the
-            default; "centre" (the volumes' centres coincide); "header" (world coordinates as they are); "rigid" (by
-            elastix, from the centres on); or a transform file that maps fixed to moving points, linear or a field, see
-            docs/transforms.md, for example an earlier ddf.nii.gz.
+        initial_transform: as the weights were trained: "learned" (the glands found in the two images coincide), which
+            is the default; "centre" (the volumes' centres coincide); "header" (world coordinates as they are); "rigid"
+            (by elastix, from the centres on); or a transform file that maps fixed to moving points, linear or a field,
+            see docs/transforms.md, for example an earlier ddf.nii.gz.
         moving_labels: label file of the moving image, warped as well.
         fixed_labels: label file of the fixed image; with moving_labels, DSC and TRE are reported.
         overlay: a config with the settings other weights were trained with, for example configs/baseline.yaml.
@@ -56,7 +56,9 @@ def register(
         settings["formats"] = names(settings["formats"])
     from scripts.bundle.workflow import register
 
-    register(moving, fixed, output_dir, start, moving_labels, fixed_labels, overlay, **settings)
+    if initial_transform is not None:
+        settings["initial_transform"] = initial_transform
+    register(moving, fixed, output_dir, moving_labels, fixed_labels, overlay, **settings)
 
 
 def apply(
@@ -242,7 +244,7 @@ def demo(
     Args:
         output_dir: the demonstration's own folder; an earlier demonstration in it is replaced.
         pairs: a data set of real pairs with labels; its first pair is registered as well.
-        train: train the learned start on phantoms for about two minutes, from nothing, and register by it.
+        train: train the learned initial transform on phantoms for about two minutes, from nothing, and register by it.
         iterations: training steps; the default is that of configs/demo.yaml.
     """
     from scripts.study.demo import register_phantoms, train_on_phantoms
@@ -293,6 +295,7 @@ def crossval(
         base: an overlay for all variants, below their own, for example configs/real_pairs_cpu.yaml.
         settings: any setting of configs/train.json, for all folds, for example --iterations 20000.
     """
+    from scripts.data.renamed import SETTINGS, current
     from scripts.study.crossval import cross_validate
 
     chosen = None if only is None else names(only)
@@ -302,7 +305,7 @@ def crossval(
         cores_per_fold,
         chosen,
         None if base is None else str(base),
-        settings,
+        current(settings, SETTINGS),
     )
     if failed:
         sys.exit(f"error: {failed} failed, see above; the same command goes on where they stopped")

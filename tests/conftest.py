@@ -16,7 +16,7 @@ from scripts.phantoms.phantom import write_cohort
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCALE = locale.setlocale(locale.LC_ALL)
-TINY = {"initial_channels": 4, "spacing": 4.0, "start": "centre"}
+TINY = {"initial_channels": 4, "spacing": 4.0, "initial_transform": "centre"}
 QUICK = TINY | {"iterations": 2, "epoch_length": 2, "val_interval": 1, "batch_size": 2}
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core of its own, and so have the processes it starts

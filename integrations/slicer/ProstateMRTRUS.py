@@ -24,7 +24,7 @@ except ImportError:  # outside Slicer, where the logic's `run` works all the sam
 
 TITLE = "Prostate MR to TRUS"
 NOTICE = "Research use only. Not for clinical decisions."
-WARPED, TRANSFORM, RECORD = "warped_moving_image.nii.gz", "ddf.h5", "qa.json"  # what `register` leaves
+WARPED, TRANSFORM, RECORD = "warped_moving_image.nii.gz", "ddf.h5", "qc.json"  # what `register` leaves
 
 
 class ProstateMRTRUS(ScriptedLoadableModule):
@@ -57,7 +57,7 @@ class ProstateMRTRUSLogic(ScriptedLoadableModuleLogic):
             environment: of the process; None for this one's.
 
         Returns:
-            The QA record.
+            The QC record.
 
         Raises:
             RuntimeError: it could not be run, or refused its input; the message says why in one line.
@@ -78,7 +78,7 @@ class ProstateMRTRUSLogic(ScriptedLoadableModuleLogic):
 
     @staticmethod
     def summary(record: dict) -> str:
-        """A QA record in lines: the notice, what to check, figures."""
+        """A QC record in lines: the notice, what to check, figures."""
         lines = [record["notice"], *(f"CHECK: {flag}" for flag in record["flags"])]
         lines += [f"Folded voxels: {record['folded_percent']:.2f} %"]
         lines += [f"Largest displacement: {record['max_displacement_mm']:.1f} mm"]
@@ -102,7 +102,7 @@ class ProstateMRTRUSLogic(ScriptedLoadableModuleLogic):
 
 
 class ProstateMRTRUSWidget(ScriptedLoadableModuleWidget):
-    """The panel: two volumes, three paths that are remembered, a button, the QA record."""
+    """The panel: two volumes, three paths that are remembered, a button, the QC record."""
 
     def setup(self) -> None:
         super().setup()

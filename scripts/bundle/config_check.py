@@ -67,7 +67,7 @@ BARRED = {
 }
 SCRIPTS = {  # modules of this bundle made for configs; the others run configs, start processes or replace folders
     *("network.networks", "network.losses", "network.pyramid", "network.wrapped", "network.segmentation"),
-    *("data.checks", "data.datalist", "data.gate", "data.pairs", "data.weights"),
+    *("data.checks", "data.datalist", "data.gate", "data.pairs", "data.renamed", "data.weights"),
     *("registration.transforms", "registration.segmentation", "registration.refine", "registration.pairwise"),
     *("registration.outputs", "registration.precision", "study.evaluation"),
     *("training.checkpoints", "training.cohort", "training.distributed", "training.engine", "training.failures"),

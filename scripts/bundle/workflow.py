@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
+from scripts.data import renamed
 from scripts.data.datalist import case_name
 from scripts.data.root import CONFIGS
+
+NAMED = ("centre", "header", "learned", "rigid")  # initial transforms; another is a file
 
 
 def absolute(path: object) -> str | list[str]:
@@ -40,7 +43,6 @@ def register(
     moving: str,
     fixed: str,
     output_dir: str,
-    start: str | None = None,
     moving_labels: str | None = None,
     fixed_labels: str | None = None,
     overlay: str | None = None,
@@ -49,10 +51,11 @@ def register(
     """Register one pair by configs/inference.json; the arguments are those of the verb `register`."""
     pair = {"moving_image": moving, "fixed_image": fixed, "moving_label": moving_labels, "fixed_label": fixed_labels}
     pair = {k: absolute(v) for k, v in pair.items() if v is not None}
-    if start is not None:
-        named = start in ("centre", "header", "learned", "rigid")
-        settings["start"] = start if named else absolute(start)
-    for name in {"ckpt_path", "start_path"} & set(settings):
+    settings = renamed.current(settings, renamed.SETTINGS)
+    paths = {"ckpt_path", "segmentation_path"}
+    if settings.get("initial_transform") not in (None, *NAMED):
+        paths.add("initial_transform")
+    for name in paths & set(settings):
         settings[name] = absolute(settings[name])
     pair |= {"case": case_name(fixed), "patient": case_name(fixed)}
     run_config(

@@ -143,7 +143,7 @@ def forward(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The same shape, and (1, 1, X, Y, Z) bool: whether a point met every displacement inside its grid. Beyond it
-        nothing is known of a displacement, least of all zero where a start alignment is composed in.
+        nothing is known of a displacement, least of all zero where a initial transform is composed in.
     """
     known = torch.ones_like(points[:, :1], dtype=torch.bool)
     for step in steps:

@@ -228,7 +228,7 @@ def inverse(
     """Where x + u(x) meets given points, by Newton's method with step halving.
 
     A fixed-point iteration x ← y − u(x) diverges where the displacement holds a large rotation or stretch, as it does
-    with a start alignment composed in. This begins at the voxel that the displacement takes nearest to the point.
+    with a initial transform composed in. This begins at the voxel that the displacement takes nearest to the point.
 
     Args:
         displacement: shape (1, 3, X, Y, Z), float64, mm in the world; border values beyond its grid.
@@ -263,16 +263,18 @@ def inverse(
     return x, off.norm(dim=1).flatten(), torch.linalg.det(_gradient(displacement, affine, x))
 
 
-def world_displacement(ddf: Tensor, grid_affine: Tensor, start: Tensor, affine: Tensor, size: Sequence[int]) -> Tensor:
-    """The whole transform, start alignment composed in, as a displacement in world millimetres on any grid.
+def world_displacement(
+    ddf: Tensor, grid_affine: Tensor, initial: Tensor, affine: Tensor, size: Sequence[int]
+) -> Tensor:
+    """The whole transform, initial transform composed in, as a displacement in world millimetres on any grid.
 
-    With the start S (fixed world -> moving world) and the grid affine A of the DDF, the transform is
+    With the initial transform S (fixed world -> moving world) and the grid affine A of the DDF, the transform is
     ``T(x) = S(x + A_linear · ddf(A⁻¹ x))`` and the result is ``T(x) − x``.
 
     Args:
         ddf: shape (1, 3, X, Y, Z), voxels of the working grid.
         grid_affine: voxel -> world of the working grid, shape (4, 4).
-        start: fixed world -> moving world, shape (4, 4), RAS mm.
+        initial: fixed world -> moving world, shape (4, 4), RAS mm.
         affine, size: the grid to express it on, usually the original fixed image's.
 
     Returns:
@@ -282,7 +284,7 @@ def world_displacement(ddf: Tensor, grid_affine: Tensor, start: Tensor, affine: 
     grid_affine = grid_affine.double().to(ddf.device)
     u = sample(ddf.double(), transform_points(torch.linalg.inv(grid_affine), x))
     moved = x + torch.einsum("ij,bj...->bi...", grid_affine[:3, :3], u)
-    return transform_points(start.double(), moved) - x
+    return transform_points(initial.double(), moved) - x
 
 
 def pull(moving: Tensor, moving_affine: Tensor, displacement: Tensor, affine: Tensor, mode: str = "bilinear") -> Tensor:

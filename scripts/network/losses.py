@@ -423,10 +423,10 @@ class PrefilteredLoss(nn.Module):
     moving maps are warped together, and the plain soft Dice, Eq. (4), of each scale is averaged.
 
     The paper filters once, on disk, which took about a quarter off its training time. Here the labels are filtered
-    when they are drawn, on the working grid, that is after start alignment and augmentation and before the warp by the
-    DDF: σ is in mm of that grid and not scaled by the augmentation, and a label ends where the grid does. No gradient
-    goes through the filter, but it stays in the loop, and as many maps as scales are warped instead of one: do not
-    expect the paper's gain in time.
+    when they are drawn, on the working grid, that is after initial transform and augmentation and before the warp by
+    the DDF: σ is in mm of that grid and not scaled by the augmentation, and a label ends where the grid does. No
+    gradient goes through the filter, but it stays in the loop, and as many maps as scales are warped instead of one: do
+    not expect the paper's gain in time.
 
     Args:
         regulariser: called with the DDF.

@@ -416,7 +416,7 @@ class CompositeNet(nn.Module):
 
 
 class NoField(nn.Module):
-    """A network that leaves a pair as the start alignment put it: (B, C, X, Y, Z) -> zeros (B, 3, X, Y, Z)."""
+    """A network that leaves a pair as the initial transform put it: (B, C, X, Y, Z) -> zeros (B, 3, X, Y, Z)."""
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.zeros_like(image[:, :1], dtype=torch.float32).repeat(1, 3, 1, 1, 1)

@@ -11,10 +11,10 @@ from torch import Tensor
 from scripts.data import checks, formats
 from scripts.network import fields
 from scripts.registration.likelihood import SameGlandLoss, evidence
-from scripts.registration.pairwise import rigid_start
+from scripts.registration.pairwise import rigid_transform
 from scripts.registration.segmentation import moments
 
-STRETCH = 0.05  # standard deviation of the logarithm of the stretch along an axis, of the likeliest start
+STRETCH = 0.05  # standard deviation of the logarithm of the stretch along an axis, of the maximum a posteriori
 TOGETHER = 50  # neighbouring voxels that count as one observation there
 
 
@@ -40,12 +40,12 @@ def align_moments(fixed: tuple[Tensor, Tensor], moving: tuple[Tensor, Tensor], k
         root, inverse = _power(fixed[1], 0.5), _power(fixed[1], -0.5)
         matrix[:3, :3] = inverse @ _power(root @ moving[1] @ root, 0.5) @ inverse
     elif kind != "translation":
-        raise ValueError(f'kind must be "likelihood", "translation", "scaling" or "affine", got {kind!r}')
+        raise ValueError(f'kind must be "maximum_a_posteriori", "translation", "scaling" or "affine", got {kind!r}')
     matrix[:3, 3] = moving[0] - matrix[:3, :3] @ fixed[0]
     return matrix
 
 
-def align_likelihood(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
+def maximum_a_posteriori(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
     """Fixed world -> moving world, shape (4, 4), float64, under which two soft glands are most likely one and the same.
 
     Translation and stretch along the fixed map's axes minimise `likelihood.SameGlandLoss` over its grid, every
@@ -65,7 +65,7 @@ def align_likelihood(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
         # a little off: at whole voxels interpolation has kinks
         found = torch.full((6,), 0.02, dtype=torch.float64, requires_grad=True)
 
-        def start() -> Tensor:
+        def transform() -> Tensor:
             linear = axes @ torch.diag((STRETCH * found[3:]).exp()) @ torch.linalg.inv(axes)
             shift = target + radius * (STRETCH * found[:3]).tanh() - linear @ centre
             return torch.cat([torch.cat([linear, shift[:, None]], dim=1), torch.eye(4, dtype=torch.float64)[3:]])
@@ -75,44 +75,44 @@ def align_likelihood(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
 
         def cost() -> Tensor:
             optimizer.zero_grad()
-            seen = fields.resample(q, to_moving @ start() @ to_world, p.shape[2:])
+            seen = fields.resample(q, to_moving @ transform() @ to_world, p.shape[2:])
             value = unlike(seen, p) + found[3:].square().sum() / 2 * TOGETHER / p.numel()
             value.backward()
             return value
 
         optimizer.step(cost)
-        return start().detach()
+        return transform().detach()
 
 
 def align_glands(fixed: MetaTensor, moving: MetaTensor, kind: str) -> Tensor:
-    """The learned start between two glands found: "likelihood", or a kind of `align_moments`."""
-    if kind == "likelihood":
-        return align_likelihood(fixed, moving)
+    """The initial transform between two glands found: "maximum_a_posteriori", or a kind of `align_moments`."""
+    if kind in ("maximum_a_posteriori", "likelihood"):  # the latter is its name of before version 0.5
+        return maximum_a_posteriori(fixed, moving)
     return align_moments(moments(fixed), moments(moving), kind)
 
 
-def read_start(start: str, moving: MetaTensor, fixed: MetaTensor) -> list[formats.Step]:
-    """The steps of a start alignment, fixed world -> moving world, RAS mm, float64.
+def read_initial_transform(named: str, moving: MetaTensor, fixed: MetaTensor) -> list[formats.Step]:
+    """The steps of a initial transform, fixed world -> moving world, RAS mm, float64.
 
     Args:
-        start: "centre" (the volumes' centres coincide, axes keep their world directions), "header" (world coordinates
+        named: "centre" (the volumes' centres coincide, axes keep their world directions), "header" (world coordinates
             as they are), "rigid" (from the centres on, elastix registers the images rigidly, see
-            `pairwise.rigid_start`), or a file (fixed -> moving), see `scripts.data.formats.read_transform`.
+            `pairwise.rigid_transform`), or a file (fixed -> moving), see `scripts.data.formats.read_transform`.
         moving, fixed: the images, shape (1, X, Y, Z).
 
     Raises:
         InputError: no such file, or none that can be read; no elastix.
     """
     matrix = torch.eye(4, dtype=torch.float64)
-    if start in ("centre", "rigid"):
+    if named in ("centre", "rigid"):
         for volume, sign in ((moving, 1), (fixed, -1)):
             middle = (torch.tensor(volume.shape[1:], dtype=torch.float64) - 1) / 2
             matrix[:3, 3] += sign * (volume.affine[:3, :3].double() @ middle + volume.affine[:3, 3].double())
-        return [matrix if start == "centre" else rigid_start(moving, fixed, matrix)]
-    if start == "header":
+        return [matrix if named == "centre" else rigid_transform(moving, fixed, matrix)]
+    if named == "header":
         return [matrix]
-    if not Path(start).is_file():
+    if not Path(named).is_file():
         raise checks.InputError(
-            f'{start}: not found; a start is "centre", "header", "learned", "rigid" or a transform file'
+            f'{named}: not found; an initial transform is "centre", "header", "learned", "rigid" or a transform file'
         )
-    return formats.read_transform(start)
+    return formats.read_transform(named)

@@ -1,9 +1,9 @@
-"""How likely two soft glands, found by networks in two images, are one and the same: a similarity that knows doubt.
+"""How likely two soft glands, found by networks in two images, are one and the same: by their confidence.
 
-The networks' looks at the two images are two observers of one gland. With p and q what they say of a point, and π the
-share of gland where they are compared, ``p q / π + (1 − p)(1 − q) / (1 − π)`` is how much likelier it is that both saw
-the same point than that they saw any two. An end of the gland that is seen without confidence then says little, and the
-other edges decide, while moments and overlaps take every outline at its word.
+The networks' predictions for the two images are two observers of one gland. With p and q what they say of a point, and
+π the share of gland where they are compared, ``p q / π + (1 − p)(1 − q) / (1 − π)`` is how much likelier it is that
+both saw the same point than that they saw any two. An end of the gland that is seen without confidence then says
+little, and the other edges decide, while moments and overlaps take every outline at its word.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The folder a registration leaves: warped image, field, warped labels, a picture and a QA record."""
+"""The folder a registration leaves: warped image, field, warped labels, a picture and a QC record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from monai.transforms import Orientation
 from monai.utils import ensure_tuple
 from torch import Tensor
 
-from scripts.data import formats
+from scripts.data import formats, renamed
 from scripts.data.checks import check_case_name, sha256
 from scripts.data.files import written_together
 from scripts.data.formats import save_displacement
@@ -35,7 +35,7 @@ def save_overview(
 ) -> None:
     """Draw `figures.overview` for one case on the original fixed grid, in axes RAS.
 
-    Without labels its outlines are those of the glands that a learned start found.
+    Without labels its outlines are those of the glands that a learned initial transform found.
     """
     affine = item["original_fixed_image"].affine.double()
     reorient = Orientation(axcodes="RAS", labels=None)
@@ -56,14 +56,14 @@ def save_overview(
         glands = glands_found(item)
     facts = [
         f"folded voxels {record['folded_percent']:.2f} %",
-        f"largest displacement from the start {record['max_displacement_mm']:.1f} mm",
+        f"largest displacement beyond the initial transform {record['max_displacement_mm']:.1f} mm",
     ]
     if record.get("tre_mm") is not None:
         facts.insert(0, f"TRE {record['tre_before_mm']:.1f} → {record['tre_mm']:.1f} mm")
     if record.get("gland_dsc") is not None:
         facts.insert(0, f"gland DSC {record['gland_dsc_before']:.2f} → {record['gland_dsc']:.2f}")
     flags = [f"CHECK: {flag.split(' (')[0]}" for flag in record["flags"]]  # two fit; their figures are in the record
-    facts[:0] = flags if len(flags) < 3 else [f"CHECK: {len(flags)} flags in qa.json", *flags[:1]]
+    facts[:0] = flags if len(flags) < 3 else [f"CHECK: {len(flags)} flags in qc.json", *flags[:1]]
     figures.overview(
         path,
         ras(item["original_fixed_image"].as_tensor())[0].numpy(),
@@ -80,8 +80,8 @@ def save_overview(
 def glands_found(item: Mapping[str, Any]) -> dict[str, Tensor]:
     """The glands in the network's input on the original fixed grid, for `figures.overview`, (1, X, Y, Z)."""
     image, ddf = (torch.as_tensor(item[key])[None].cpu().float() for key in ("image", "pred"))
-    start, fixed = image[:, 2:3], image[:, 3:4]
-    on_grid = torch.cat([fixed, start, fields.warp(start, ddf)], dim=1)
+    moving, fixed = image[:, 2:3], image[:, 3:4]
+    on_grid = torch.cat([fixed, moving, fields.warp(moving, ddf)], dim=1)
     affine, size = item["original_fixed_image"].affine.double(), item["original_fixed_image"].shape[1:]
     to_grid = torch.linalg.inv(item["grid_affine"].cpu().double()) @ affine
     there = fields.resample(on_grid, to_grid, size, padding_mode="outside")[0]
@@ -100,7 +100,7 @@ def save_registration(
 
     Args:
         item: what `scripts.registration.transforms.ToOriginalGridd` leaves.
-        provenance: for the QA record.
+        provenance: for the QC record.
         tools: whose transform files to write beside ddf.nii.gz, see `scripts.data.formats.FILES`.
         limits: see `scripts.registration.qc.flags`.
         inconsistency: see `scripts.registration.qc.quality`.
@@ -129,7 +129,8 @@ def save_registration(
         save_overview(partial / "overview.png", item, before, moved, record)
         known = {k: item[k] for k in ("case", "moving_file", "fixed_file")}
         record = {"notice": NOTICE} | known | record | dict(provenance)
-        (partial / "qa.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        for name, written in (("qc.json", record), ("qa.json", renamed.former(record))):  # the latter until 0.6
+            (partial / name).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return record["flags"]
 
 
@@ -138,9 +139,9 @@ class SaveRegistrations:
 
     Args:
         output_dir: one folder per case is made in it.
-        weights: the weights file, for its SHA-256 in the QA record; None without one.
-        start: the start alignment's name, for the QA record.
-        start_weights: the weights file of a learned start, or several, likewise.
+        weights: the weights file, for its SHA-256 in the QC record; None without one.
+        initial_transform: the initial transform's name, for the QC record.
+        segmentation_weights: the weights file of a learned initial transform, or several, likewise.
         case_folders: False writes straight into `output_dir`; for a single case.
         tools: whose transform files to write, a list or separated by commas, see `formats.checked_formats`.
         pairs: the datalist, for what some tools need of the inputs.
@@ -154,8 +155,8 @@ class SaveRegistrations:
         self,
         output_dir: str,
         weights: str | None,
-        start: str,
-        start_weights: str | Sequence[str] | None = None,
+        initial_transform: str,
+        segmentation_weights: str | Sequence[str] | None = None,
         case_folders: bool = True,
         tools: str | Sequence[str] | None = None,
         pairs: Sequence[Mapping[str, str]] = (),
@@ -166,10 +167,13 @@ class SaveRegistrations:
         self.output_dir = Path(output_dir)
         self.case_folders = case_folders
         self.tools = formats.checked_formats(tools, pairs)
-        self.provenance: dict[str, Any] = {"start": start}
+        self.provenance: dict[str, Any] = {"initial_transform": initial_transform}
         self.provenance |= {"weights": weights, "weights_sha256": weights and sha256(weights)}
-        starts = ensure_tuple(start_weights) if start_weights else ()
-        self.provenance |= {"start_weights": list(starts), "start_weights_sha256": [sha256(path) for path in starts]}
+        segmenters = ensure_tuple(segmentation_weights) if segmentation_weights else ()
+        self.provenance |= {
+            "segmentation_weights": list(segmenters),
+            "segmentation_weights_sha256": [sha256(path) for path in segmenters],
+        }
         self.provenance |= {"version": VERSION, "torch": torch.__version__, "monai": monai.__version__}
 
     def attach(self, engine: Engine) -> None:

@@ -58,7 +58,7 @@ def _register(itk: Any, fixed: Any, moving: Any, path: str | Path) -> Any:
     )[1]
 
 
-def rigid_start(moving: MetaTensor, fixed: MetaTensor, centred: Tensor) -> Tensor:
+def rigid_transform(moving: MetaTensor, fixed: MetaTensor, centred: Tensor) -> Tensor:
     """The rigid registration of two images by elastix: fixed world -> moving world, shape (4, 4), RAS mm, float64.
 
     Args:
@@ -74,7 +74,7 @@ def rigid_start(moving: MetaTensor, fixed: MetaTensor, centred: Tensor) -> Tenso
     try:
         found = _register(itk, *images, RIGID).GetParameterMap(0)
     except RuntimeError as error:
-        raise InputError(f"no rigid start: elastix gave up on this pair, {reason(error)}") from error
+        raise InputError(f"no rigid initial transform: elastix gave up on this pair, {reason(error)}") from error
     angles_and_shift = np.array([float(v) for v in found["TransformParameters"]])
     centre = np.array([float(v) for v in found["CenterOfRotationPoint"]])
     euler = itk.Euler3DTransform[itk.D].New(Center=centre.tolist())
@@ -87,7 +87,7 @@ class ElastixInferer(Inferer):
     """Instead of a network: elastix registers the two images of each pair on the working grid, and no label is seen.
 
     Lengths of the parameter map are in voxels of that grid. Where elastix gives up on a pair, as it does when too few
-    samples lie inside the moving image, the pair keeps its start and that is printed.
+    samples lie inside the moving image, the pair keeps its initial transform and that is printed.
 
     Args:
         parameters: an elastix parameter map, see configs/elastix.
@@ -110,7 +110,7 @@ class ElastixInferer(Inferer):
         try:
             transform = _register(itk, fixed, moving, self.parameters)
         except RuntimeError as error:
-            print(f"elastix gave up, the pair keeps its start: {reason(error)}", flush=True)
+            print(f"elastix gave up, the pair keeps its initial transform: {reason(error)}", flush=True)
             return torch.zeros(3, *itk.size(fixed))
         with tempfile.TemporaryDirectory() as folder:  # it writes the field to a file, too
             field = itk.transformix_deformation_field(moving, transform, output_directory=folder)

@@ -1,6 +1,6 @@
 """What a registration says about itself: figures a clinician can question, and flags where they leave their limits.
 
-`configs/qa_schema.json` says what each figure of qa.json is.
+`configs/qc_schema.json` says what each figure of qc.json is.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import torch
 from ignite.engine import Engine
 from torch import Tensor
 
+from scripts.data import renamed
 from scripts.data.checks import InputError
 from scripts.network import fields
 from scripts.registration import metrics
 
-DOUBTED = {  # what a figure beyond its limits means, in the words of a flag
+MEANINGS = {  # what a figure beyond its limits means, in the words of a flag
     "folded_percent": "the field folds",
     "jacobian_min": "the field squeezes tissue to nearly nothing",
     "covered_percent": "little of the fixed image is covered by the moving one",
-    "start_stretch_min": "implausible start, the glands found differ too much",
-    "start_stretch_max": "implausible start, the glands found differ too much",
+    "initial_stretch_min": "implausible initial transform, the glands found differ too much",
+    "initial_stretch_max": "implausible initial transform, the glands found differ too much",
     "inverse_consistency_mm": "registering the other way round gives another result",
     "agreement": "the networks do not agree on the gland in the {side} image",
     "blur": "the gland in the {side} image is found without confidence",
     "drift": "a closer look at the {side} image finds the gland elsewhere",
     "growth": "a closer look at the {side} image finds a gland of another size",
     "cut_percent": "the {side} image does not show the whole gland",
-    "wrong_way": "the {side} image seems to be upside down or back to front",
+    "orientation": "the {side} image seems to be upside down or back to front",
 }
 
 
@@ -39,7 +40,7 @@ def inconsistencies(engine: Engine) -> list[float | None]:
 
 
 def deformation(item: Mapping[str, Any]) -> Tensor:
-    """The displacement without the start alignment, (1, 3, X, Y, Z), mm in the fixed world."""
+    """The displacement without the initial transform, (1, 3, X, Y, Z), mm in the fixed world."""
     affine, size = item["original_fixed_image"].affine, item["displacement"].shape[1:]
     ddf, grid_affine = torch.as_tensor(item["pred"])[None].cpu(), item["grid_affine"].cpu()
     return fields.world_displacement(ddf, grid_affine, torch.eye(4), affine, size)
@@ -52,7 +53,7 @@ def quality(
 
     Args:
         item: what `scripts.registration.transforms.ToOriginalGridd` leaves.
-        before: `scripts.registration.transforms.to_original_grid` of the start alignment alone.
+        before: `scripts.registration.transforms.to_original_grid` of the initial transform alone.
         moved: its `deformation`.
         inconsistency: of `scripts.registration.refine.RefinedInferer`, voxels of the working grid.
     """
@@ -64,12 +65,12 @@ def quality(
     record = metrics.jacobian_statistics(displacement[0], affine) | {
         "max_displacement_mm": moved.norm(dim=1).max().item(),
         "covered_percent": 100 * (covered > 0).double().mean().item(),
-        "start_stretch_min": item["start_stretch"].min().item(),
-        "start_stretch_max": item["start_stretch"].max().item(),
+        "initial_stretch_min": item["initial_stretch"].min().item(),
+        "initial_stretch_max": item["initial_stretch"].max().item(),
         "inverse_consistency_mm": math.nan if inconsistency is None else inconsistency * voxel,
     }
     for side in ("moving", "fixed"):
-        record |= {f"{side}_{name}": float(value) for name, value in item.get(f"{side}_doubts", {}).items()}
+        record |= {f"{side}_{name}": float(value) for name, value in item.get(f"{side}_confidence", {}).items()}
     if "original_fixed_label" in item and "warped_moving_label" in item:
         fixed = item["original_fixed_label"].as_tensor()
         for suffix, warped in (("_before", before["moving_label"]), ("", item["warped_moving_label"])):
@@ -91,10 +92,10 @@ def flags(record: Mapping[str, Any], limits: Mapping[str, tuple[float | None, fl
         InputError: limits of a figure that there is none of.
     """
     found = []
-    for name, (low, high) in limits.items():
-        if name not in DOUBTED:
-            raise InputError(f"limits: {name} is none of {', '.join(DOUBTED)}")
-        sides = ("moving", "fixed") if "{side}" in DOUBTED[name] else ("",)
+    for name, (low, high) in renamed.current(limits, renamed.FIGURES).items():
+        if name not in MEANINGS:
+            raise InputError(f"limits: {name} is none of {', '.join(MEANINGS)}")
+        sides = ("moving", "fixed") if "{side}" in MEANINGS[name] else ("",)
         for side in sides:
             figure = f"{side}_{name}" if side else name
             value = record.get(figure)
@@ -102,5 +103,5 @@ def flags(record: Mapping[str, Any], limits: Mapping[str, tuple[float | None, fl
                 continue
             limit = low if low is not None and value < low else high if high is not None and value > high else None
             if limit is not None:
-                found.append(f"{DOUBTED[name].format(side=side)} ({figure} {value:.3g}, limit {limit:g})")
+                found.append(f"{MEANINGS[name].format(side=side)} ({figure} {value:.3g}, limit {limit:g})")
     return found

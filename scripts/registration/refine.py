@@ -42,10 +42,10 @@ class RefinedInferer(PrecisionInferer):
 
     What is added to the network's field is a free-form deformation of cubic B-splines. It minimises Eq. (1)-(2) with
     the two soft glands in the label's place: how unlikely they are one and the same (`likelihood`), which is
-    also what the learned start minimises, plus α times the mean squared gradient of the sum (the paper's L2). Bending
-    energy would not do: it does not see an affine map, and would bring back all of the stretch between the found
-    glands, most of which is error (docs/results.md). No label of the pair is used, so it may be done on any pair. A fit
-    with no better objective than the network's field is dropped.
+    also what the learned initial transform minimises, plus α times the mean squared gradient of the sum (the paper's
+    L2). Bending energy would not do: it does not see an affine map, and would bring back all of the stretch between the
+    found glands, most of which is error (docs/results.md). No label of the pair is used, so it may be done on any pair.
+    A fit with no better objective than the network's field is dropped.
 
     Where no network has moved anything, the pair is fitted once more with its images exchanged: one field after the
     other should lead back.
@@ -61,7 +61,7 @@ class RefinedInferer(PrecisionInferer):
             the two fits follow each other; None where there is no second one.
 
     Raises:
-        InputError: the input has no glands, because no learned start looked for them.
+        InputError: the input has no glands, because no network looked for them.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class RefinedInferer(PrecisionInferer):
         if network.training or not self.steps:
             return ddf
         if inputs.shape[1] != 4:
-            raise InputError("refine_steps needs the glands that --start learned finds; or pass --refine_steps 0")
+            raise InputError(
+                "refine_steps needs the glands that --initial_transform learned finds; or pass --refine_steps 0"
+            )
         fitted = torch.cat([self._fit(*pair) for pair in zip(ddf.split(1), inputs[:, 2:].split(1), strict=True)])
         if not ddf.any():
             pairs = zip(fitted.split(1), inputs[:, 2:].split(1), strict=True)

@@ -1,4 +1,4 @@
-"""The learned start: a network finds the gland in each image, and the moments of the two glands align them.
+"""The learned initial transform: a network finds the gland in each image, and the moments of the two glands align them.
 
 The network sees one image at a time, MR and TRUS alike, as a cube of `SIDE` voxels: first the whole volume, then once
 more the surroundings of what it found. It learns from the same weak labels as the registration; to align, it needs the
@@ -25,7 +25,7 @@ from scripts.data.weights import load_weights
 from scripts.network import fields
 
 SIDE = 32  # voxels of the network's cube along each axis
-CLOSE = 1.5  # the second look's cube, in lengths of the gland's longest diameter
+CLOSE = 1.5  # the second pass's cube, in lengths of the gland's longest diameter
 NOMINAL = 50.0  # mm, the longest diameter every gland is taken to have on a grid that is measured by the gland
 
 
@@ -99,7 +99,7 @@ def moments(gland: MetaTensor) -> tuple[Tensor, Tensor]:
 
 
 def close_up(gland: MetaTensor) -> tuple[Tensor, float]:
-    """Centre (3,) and edge in mm of the cube of the second look at a gland (1, X, Y, Z)."""
+    """Centre (3,) and edge in mm of the cube of the second pass at a gland (1, X, Y, Z)."""
     centre, covariance = moments(gland)
     # an ellipsoid's semi-axis is √5 standard deviations
     return centre, CLOSE * 2 * math.sqrt(5 * torch.linalg.eigvalsh(covariance)[-1].item())
@@ -120,30 +120,31 @@ def _seen(networks: Sequence[nn.Module], cubes: Tensor) -> Tensor:
     return torch.stack([network(cubes).float().sigmoid() for network in networks], dim=1)
 
 
-def mirrored_looks(networks: Sequence[nn.Module], cube: Tensor) -> tuple[Tensor, int]:
+def augmented_predictions(networks: Sequence[nn.Module], cube: Tensor) -> tuple[Tensor, int]:
     """Probability of the gland in a cube (1, 1, SIDE, SIDE, SIDE) as each network sees it straight and in the mirror.
 
-    Shape (looks, 1, SIDE, SIDE, SIDE), the mirrored ones turned back; and which dimension of the cube was mirrored.
-    Patients are nearly symmetric from left to right. Headers do not say for sure which axis that is, the network does:
+    Shape (predictions, 1, SIDE, SIDE, SIDE), the mirrored ones turned back; and which dimension of the cube was
+    mirrored. Patients are nearly symmetric from left to right. Headers do not say for sure which axis that is, the
+    network does:
     of the first two axes it is the one whose mirror image it sees as it sees the cube itself.
     """
     straight, first, second = _seen(networks, torch.cat([cube, cube.flip(2), cube.flip(3)])).unbind()
-    looks = first.flip(2), second.flip(3)
+    mirrored = first.flip(2), second.flip(3)
     mean = straight.mean(0)
-    overlap = [2 * (mean * look.mean(0)).sum() / (mean + look.mean(0)).sum() for look in looks]
+    overlap = [2 * (mean * one.mean(0)).sum() / (mean + one.mean(0)).sum() for one in mirrored]
     chosen = int(overlap[1] > overlap[0])
-    return torch.cat([straight, looks[chosen]]), 2 + chosen
+    return torch.cat([straight, mirrored[chosen]]), 2 + chosen
 
 
-def wrong_way(networks: Sequence[nn.Module], cube: Tensor, mirror: int, straight: Tensor) -> float:
-    """How much more gland there is to see in a cube (1, 1, SIDE, SIDE, SIDE) when it is turned over; above 0 a doubt.
+def orientation_check(networks: Sequence[nn.Module], cube: Tensor, mirror: int, straight: Tensor) -> float:
+    """How much more gland there is to see in a cube (1, 1, SIDE, SIDE, SIDE) when it is turned over; above 0 it may be.
 
     Turned over is upside down, back to front, or both. The largest of the three logarithms of the volumes seen so, Σ p²
     over voxels, over those seen as it is, each the mean over the networks. A network that learned what the wrong way is
     (`scripts.training.gland_cubes.GlandLoader`) sees no gland there; others have little to say.
 
     Args:
-        mirror: the dimension from left to right, see `mirrored_looks`.
+        mirror: the dimension from left to right, see `augmented_predictions`.
         straight: what each network sees in the cube as it is, (networks, 1, SIDE, SIDE, SIDE).
     """
     turned = torch.cat([cube.flip(over) for over in ((4,), (5 - mirror,), (4, 5 - mirror))])
@@ -152,9 +153,9 @@ def wrong_way(networks: Sequence[nn.Module], cube: Tensor, mirror: int, straight
     return (volumes[1:] / volumes[0]).log().mean(1).max().item()
 
 
-def agreement(looks: Tensor) -> float:
-    """The smallest Dice between two looks, (L, 1, X, Y, Z), above one half; 0 where a look has nothing there."""
-    seen = (looks > 0.5).flatten(1).double()
+def agreement(predictions: Tensor) -> float:
+    """The smallest Dice between two predictions, (L, 1, X, Y, Z), above one half; 0 where one has nothing there."""
+    seen = (predictions > 0.5).flatten(1).double()
     both, size = seen @ seen.T, seen.sum(1)
     return (2 * both / (size + size[:, None]).clamp_min(1)).min().item()
 
@@ -170,11 +171,11 @@ def cut_percent(gland: Tensor, inside: Tensor) -> float:
     return 100 * (inside[near] < 0.5).double().mean().item()
 
 
-class FindGlandsd(Transform):
+class SegmentGlandsd(Transform):
     """Add `moving_gland` and `fixed_gland`: the probability of the gland, found in each image by a network.
 
     Each is a `MetaTensor` (1, SIDE, SIDE, SIDE) with its own affine (RAS mm): a cube around the gland, without smaller
-    regions than the largest. `moving_doubts` and `fixed_doubts` are what speaks against them, see `find`.
+    regions than the largest. `moving_confidence` and `fixed_confidence` are what speaks against them, see `find`.
 
     Args:
         network: (B, 1, SIDE, SIDE, SIDE) -> logits of the gland, same shape.
@@ -210,16 +211,16 @@ class FindGlandsd(Transform):
             if found is None:
                 where = d.get(f"{side}_file", f"the {side} image")
                 raise InputError(f"{where}: no prostate found; is it the right image, with the whole gland in view?")
-            d[f"{side}_gland"], d[f"{side}_doubts"] = found
+            d[f"{side}_gland"], d[f"{side}_confidence"] = found
         return d
 
     @torch.inference_mode()
     def find(self, volume: MetaTensor) -> tuple[MetaTensor, dict[str, float]] | None:
-        """The gland of a volume (1, X, Y, Z) and its doubts; None without one.
+        """The gland of a volume (1, X, Y, Z) and the confidence in it; None without one.
 
-        The doubts: `agreement` of the close looks (see there); `blur`, Σ p(1 − p) over the voxels of the gland;
-        `drift`, how far the second look moved its centre, in lengths of its cube; `growth`, the second length over the
-        first; `cut_percent` and `wrong_way` (see there).
+        The confidence: `agreement` of the second pass (see there); `blur`, Σ p(1 − p) over the voxels of the gland;
+        `drift`, how far the second pass moved its centre, in lengths of its cube; `growth`, the second length over the
+        first; `cut_percent` and `orientation`, see `orientation_check`.
         """
         centre, axes, length = frame(volume)
         image = volume.as_tensor().cpu()
@@ -227,8 +228,8 @@ class FindGlandsd(Transform):
         for _ in range(2):
             affine = cube_affine(centre, axes, length)
             cube = standardised(on_cube(dark, affine)).to(self.device)
-            looks, mirror = mirrored_looks(self.networks, cube)
-            mean = looks.mean(0)[0].cpu()
+            predictions, mirror = augmented_predictions(self.networks, cube)
+            mean = predictions.mean(0)[0].cpu()
             probability = largest_component(mean)
             if not probability.any():
                 return None
@@ -236,10 +237,10 @@ class FindGlandsd(Transform):
             (before, first), (centre, length) = (centre, length), close_up(gland)
         inside = on_cube(MetaTensor(torch.ones_like(image), affine=volume.affine.cpu()), affine)[0, 0]
         return gland, {
-            "agreement": agreement(looks.cpu()),
+            "agreement": agreement(predictions.cpu()),
             "blur": ((mean * (1 - mean)).sum() / (probability > 0.5).sum()).item(),
             "drift": (centre - before).norm().item() / length,
             "growth": length / first,
             "cut_percent": cut_percent(probability, inside),
-            "wrong_way": wrong_way(self.networks, cube, mirror, looks[: len(self.networks)]),
+            "orientation": orientation_check(self.networks, cube, mirror, predictions[: len(self.networks)]),
         }

@@ -15,7 +15,7 @@ from torch import Tensor
 from scripts.data import checks, formats
 from scripts.data.datalist import IMAGES, KEYS, LABELS
 from scripts.network import fields
-from scripts.registration.initial_transform import align_glands, align_moments, read_start
+from scripts.registration.initial_transform import align_glands, align_moments, read_initial_transform
 from scripts.registration.segmentation import CLOSE, NOMINAL, SIDE, close_up, coarsened, cube_affine, frame, moments
 
 GLANDS = ("moving_gland", "fixed_gland")
@@ -24,57 +24,64 @@ GLANDS = ("moving_gland", "fixed_gland")
 class PlanFixedGridd(MapTransform):
     """Plan the working grid: the fixed image's field of view in its own axes, reordered to RAS, isotropic.
 
-    Resamples nothing. Adds `grid_affine` (4, 4), voxel -> world RAS mm, and its `grid_size`; `start` (4, 4), fixed
-    world -> moving world; `start_stretch` (3,), by how much it stretches, but for a learned one by how much the glands
-    found differ, of which it takes a part; `spacing` (3,) in mm. A start that is no matrix is `start_displacement`
-    (3, X, Y, Z), RAS mm on the fixed image's grid: the moving volumes are pulled onto that grid by it, and `start` is
-    the identity.
+    Resamples nothing. Adds `grid_affine` (4, 4), voxel -> world RAS mm, and its `grid_size`; `initial_transform`
+    (4, 4), fixed world -> moving world; `initial_stretch` (3,), by how much it stretches, but for a learned one by how
+    much the glands found differ, of which it takes a part; `spacing` (3,) in mm. One that is no matrix is
+    `initial_displacement` (3, X, Y, Z), RAS mm on the fixed image's grid: the moving volumes are pulled onto that grid
+    by it, and `initial_transform` is the identity.
 
     Args:
         spacing: voxel size of the working grid in mm; None or "none" keeps the fixed file's. "gland" measures by the
-            fixed gland that was found: the cube of its second look, whose `spacing` is in the millimetres of a gland of
+            fixed gland that was found: the cube of its second pass, whose `spacing` is in the millimetres of a gland of
             nominal length, so that neither a small prostate nor a wrong voxel size in the headers changes anything; it
-            needs the glands that `scripts.registration.segmentation.FindGlandsd` adds.
-        start: "learned", see `initial_transform.align_glands`, between the glands that `segmentation.FindGlandsd`
-            added; "centroids", the labelled glands' centroids coincide, an oracle that only evaluates; or see `read_start`.
-        kind: of the learned start.
+            needs the glands that `scripts.registration.segmentation.SegmentGlandsd` adds.
+        initial_transform: "learned", see `align_glands`, between the glands that `segmentation.SegmentGlandsd`
+            added; "centroids", the labelled glands' centroids coincide, an oracle that only evaluates; or see
+            `read_initial_transform`.
+        kind: of the learned initial transform.
     """
 
-    def __init__(self, spacing: float | None | str = 0.8, start: str = "centre", kind: str = "likelihood") -> None:
+    def __init__(
+        self, spacing: float | None | str = 0.8, initial_transform: str = "centre", kind: str = "maximum_a_posteriori"
+    ) -> None:
         super().__init__(KEYS, allow_missing_keys=True)
         self.by_gland = spacing == "gland"
         self.spacing = None if spacing in (None, "none", "gland") else float(spacing)
-        self.start, self.kind = start, kind
+        self.initial_transform, self.kind = initial_transform, kind
 
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         if self.by_gland and "fixed_gland" not in data:
-            raise checks.InputError('spacing "gland" needs the glands that the weights of a learned start find')
-        start, between = torch.eye(4, dtype=torch.float64), None
-        if self.start == "learned":
-            start = align_glands(data["fixed_gland"], data["moving_gland"], self.kind)
+            raise checks.InputError(
+                'spacing "gland" needs the glands that the weights of a learned initial transform find'
+            )
+        transform, between = torch.eye(4, dtype=torch.float64), None
+        if self.initial_transform == "learned":
+            transform = align_glands(data["fixed_gland"], data["moving_gland"], self.kind)
             between = align_moments(moments(data["fixed_gland"]), moments(data["moving_gland"]), "affine")
-        elif self.start == "centroids":
-            start = self._between_labels(data)
+        elif self.initial_transform == "centroids":
+            transform = self._between_labels(data)
         else:
-            steps = read_start(self.start, data["moving_image"], data["fixed_image"])
+            steps = read_initial_transform(self.initial_transform, data["moving_image"], data["fixed_image"])
             if any(isinstance(step, formats.Displacement) for step in steps):
                 data = self._pulled(data, steps)
             else:
                 for step in steps:
-                    start = step @ start
+                    transform = step @ transform
         grid_affine, size, spacing = (self._around_gland if self.by_gland else self._field_of_view)(data)
-        plan = {"grid_affine": grid_affine, "grid_size": size, "start": start, "spacing": spacing}
-        plan["start_stretch"] = torch.linalg.svdvals((start if between is None else between)[:3, :3])
+        plan = {"grid_affine": grid_affine, "grid_size": size, "initial_transform": transform, "spacing": spacing}
+        plan["initial_stretch"] = torch.linalg.svdvals((transform if between is None else between)[:3, :3])
         return dict(data) | self._without_aliasing(data, plan) | plan
 
     def _pulled(self, data: Mapping[Hashable, MetaTensor], steps: Sequence[formats.Step]) -> dict:
-        """A pair whose moving volumes went through a start that is no matrix, and that start as a displacement."""
+        """A pair whose moving volumes went through an initial transform that is no matrix, and its displacement."""
         affine, size = data["fixed_image"].affine.double(), data["fixed_image"].shape[1:]
         x = fields.world_grid(size, affine)
         to, known = formats.forward(steps, x)
         if not known.all():
             percent = 100 * known.double().mean().item()
-            raise checks.InputError(f"{self.start}: covers {percent:.0f} % of the fixed image; a start must cover all")
+            raise checks.InputError(
+                f"{self.initial_transform}: covers {percent:.0f} % of the fixed image; it must cover all"
+            )
         pulled = {
             key: MetaTensor(
                 fields.pull(data[key].as_tensor()[None], data[key].affine, to - x, affine)[0].float(), affine=affine
@@ -82,7 +89,7 @@ class PlanFixedGridd(MapTransform):
             for key in ("moving_image", "moving_label", "moving_gland")
             if key in data
         }
-        return dict(data) | pulled | {"start_displacement": (to - x)[0]}
+        return dict(data) | pulled | {"initial_displacement": (to - x)[0]}
 
     def _without_aliasing(self, data: Mapping[Hashable, MetaTensor], plan: Mapping[str, Tensor]) -> dict:
         """The volumes of a pair, coarsened where the working grid is measured by the gland; labels stay binary."""
@@ -99,7 +106,9 @@ class PlanFixedGridd(MapTransform):
     def _between_labels(data: Mapping[Hashable, MetaTensor]) -> Tensor:
         for key in LABELS:
             if key not in data or not data[key][:1].any():
-                raise checks.InputError(f'{data.get("case")}: start "centroids" needs label 0, the gland, in {key}')
+                raise checks.InputError(
+                    f'{data.get("case")}: initial transform "centroids" needs label 0, the gland, in {key}'
+                )
         return align_moments(*(moments(data[key][:1]) for key in LABELS[::-1]), "translation")
 
     @staticmethod
@@ -123,7 +132,7 @@ class PlanFixedGridd(MapTransform):
 
 def grid_to_world(plan: Mapping[Hashable, Tensor], key: str) -> Tensor:
     """Voxel of the planned working grid -> world of the volume called `key`, shape (4, 4), float64."""
-    return plan["start"] @ plan["grid_affine"] if key.startswith("moving") else plan["grid_affine"]
+    return plan["initial_transform"] @ plan["grid_affine"] if key.startswith("moving") else plan["grid_affine"]
 
 
 def from_grid(data: Mapping[Hashable, MetaTensor], key: str) -> Tensor:
@@ -134,7 +143,7 @@ def from_grid(data: Mapping[Hashable, MetaTensor], key: str) -> Tensor:
 class OntoFixedGridd(PlanFixedGridd):
     """Bring a pair onto the working grid of `PlanFixedGridd`; same arguments.
 
-    Each volume is interpolated once: the moving image is pulled through the start alignment straight onto the grid.
+    Each volume is interpolated once: the moving image is pulled through the initial transform straight onto the grid.
     Adds `image`, the network's input (2, X, Y, Z): channel 0 moving, 1 fixed; glands that were found are channels 2 and
     3. Replaces the labels by soft maps (M, X, Y, Z) on the same grid.
     """
@@ -164,19 +173,19 @@ def to_original_grid(data: Mapping[Hashable, Tensor], ddf: Tensor) -> dict[str, 
     """A DDF of the working grid as one transform between the original images, and the moving volumes warped by it.
 
     Args:
-        data: `grid_affine`, `start`, `start_displacement` if there is one, and the `original_…` volumes.
-        ddf: shape (3, X, Y, Z), voxels of the working grid; zero gives the start alignment alone.
+        data: `grid_affine`, `initial_transform`, `initial_displacement` if there is one, and the `original_…` volumes.
+        ddf: shape (3, X, Y, Z), voxels of the working grid; zero gives the initial transform alone.
 
     Returns:
-        `displacement` (3, X, Y, Z), RAS mm on the original fixed grid, start alignment composed in; `moving_image` and,
-        where there are moving labels, `moving_label` (soft maps), on that grid, each interpolated once.
+        `displacement` (3, X, Y, Z), RAS mm on the original fixed grid, initial transform composed in; `moving_image`
+        and, where there are moving labels, `moving_label` (soft maps), on that grid, each interpolated once.
     """
     affine, size = data["original_fixed_image"].affine, data["original_fixed_image"].shape[1:]
     ddf = torch.as_tensor(ddf)[None].cpu()
-    u = fields.world_displacement(ddf, data["grid_affine"].cpu(), data["start"].cpu(), affine, size)
-    if "start_displacement" in data:
+    u = fields.world_displacement(ddf, data["grid_affine"].cpu(), data["initial_transform"].cpu(), affine, size)
+    if "initial_displacement" in data:
         x = fields.world_grid(size, affine)
-        u = fields.displaced(data["start_displacement"][None].cpu(), affine.double(), x + u) - x
+        u = fields.displaced(data["initial_displacement"][None].cpu(), affine.double(), x + u) - x
     result = {"displacement": u[0]}
     for key in ("moving_image", "moving_label"):
         if f"original_{key}" in data:

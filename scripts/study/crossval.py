@@ -23,7 +23,7 @@ from scripts.study.tables import collect
 from scripts.study.watch import STOPPED, watch
 
 OWN = ("dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "fold", "fold_count", "resume", "split", "weights_name")
-PATHS = ("initial_weights", "start_path")
+PATHS = ("initial_weights", "segmentation_path")
 
 
 def on_ray(runs: Sequence[Run], address: str | None, cores: int | None) -> dict[Run, Future]:

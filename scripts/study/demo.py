@@ -45,14 +45,16 @@ def register_phantoms(folder: Path, pairs: str | None) -> None:
         pair = datalist(pairs, "test")[0]
         files = {f"{side}{kind}": pair[f"{side}_{key}"] for side in ("moving", "fixed") for kind, key in KINDS}
         register(output_dir=str(folder / "real"), **files)
-        record = json.loads((folder / "real" / "qa.json").read_text(encoding="utf-8"))
-        score = f"gland DSC {record['gland_dsc_before']:.2f} by the start, {record['gland_dsc']:.2f} registered"
+        record = json.loads((folder / "real" / "qc.json").read_text(encoding="utf-8"))
+        score = (
+            f"gland DSC {record['gland_dsc_before']:.2f} by the initial transform, {record['gland_dsc']:.2f} registered"
+        )
         print(f"\nReal pair {pair['case']}: {score}; look at {folder / 'real' / 'overview.png'}.")
         print("If the weights were trained on it (docs/README.md says on which), this says nothing about new pairs.")
 
 
 def train_on_phantoms(folder: Path, iterations: int | None) -> None:
-    """Train the learned start on phantoms, from nothing, then register held-out ones by it."""
+    """Train the learned initial transform on phantoms, from nothing, then register held-out ones by it."""
     from scripts.phantoms.phantom import write_cohort
 
     new_folder(folder)
@@ -60,10 +62,15 @@ def train_on_phantoms(folder: Path, iterations: int | None) -> None:
     cohort, train = folder / "cohort", folder / "train"
     write_cohort(cohort, patients=40, seed=0, split=(0.8, 0.05, 0.15))
     settings = {} if iterations is None else {"iterations": iterations, "epoch_length": min(50, iterations)}
-    overlays = (configs / "start.yaml", configs / "demo.yaml")
+    overlays = (configs / "segmentation.yaml", configs / "demo.yaml")
     run_config("train.json", *overlays, dataset_dir=str(cohort), output_dir=str(train), **settings)
     draw_training(train, folder / "loss.png")
-    show(folder, configs / "start_only.yaml", dataset_dir=str(cohort), start_path=str(train / "start.pt"))
+    show(
+        folder,
+        configs / "initial_transform_only.yaml",
+        dataset_dir=str(cohort),
+        segmentation_path=str(train / "segmentation.pt"),
+    )
     print(f"The course of the training: {folder / 'loss.png'}")
 
 
@@ -73,8 +80,13 @@ def show(folder: Path, overlay: Path | None, dataset_dir: str, **settings) -> No
     settings |= {"dataset_dir": dataset_dir, "output_dir": str(registered)}
     run_config("evaluate.json", overlay, **settings)
     run_config("inference.json", overlay, **settings)
-    centre = {"start": "centre", "spacing": "none", "output_dir": str(folder / "centre"), "dataset_dir": dataset_dir}
-    run_config("evaluate.json", ROOT / "configs" / "start_only.yaml", **centre)
+    centre = {
+        "initial_transform": "centre",
+        "spacing": "none",
+        "output_dir": str(folder / "centre"),
+        "dataset_dir": dataset_dir,
+    }
+    run_config("evaluate.json", ROOT / "configs" / "initial_transform_only.yaml", **centre)
     before = {row["case"]: row for row in read_cases(folder / "centre")}
     rows = [row | {k: v for k, v in before[row["case"]].items() if "_before" in k} for row in read_cases(registered)]
     middle = sorted(rows, key=lambda row: row["true_error_mm"])[len(rows) // 2]

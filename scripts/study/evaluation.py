@@ -27,7 +27,7 @@ def _before(scores: dict[str, float]) -> dict[str, float]:
 
 
 class EvaluationTable:
-    """Ignite handler that scores each registered case, before (start alignment only) and after, on the original grid.
+    """Ignite handler that scores each registered case, before (initial transform only) and after, on the original grid.
 
     Channel 0 is the gland, the others are landmarks. Medians over the cases go to `engine.state.metrics`: those of
     `score_case` and `hd95_mm` (see `hausdorff95`), each also with `_before`, and of `jacobian_statistics`; `seconds`
@@ -63,31 +63,31 @@ class EvaluationTable:
             item = {**batch, **output}
             fixed = item["original_fixed_label"]
             spacing = fixed.affine[:3, :3].norm(dim=0)
-            start_only = to_original_grid(item, torch.zeros_like(output["pred"]))
-            case_before, labels_before = score_case(start_only["moving_label"], fixed.as_tensor(), spacing)
+            initial_only = to_original_grid(item, torch.zeros_like(output["pred"]))
+            case_before, labels_before = score_case(initial_only["moving_label"], fixed.as_tensor(), spacing)
             case_after, labels_after = score_case(item["warped_moving_label"], fixed.as_tensor(), spacing)
             gland = fixed.as_tensor()[0]
-            case_before["hd95_mm"] = hausdorff95(start_only["moving_label"][0], gland, spacing)
+            case_before["hd95_mm"] = hausdorff95(initial_only["moving_label"][0], gland, spacing)
             case_after["hd95_mm"] = hausdorff95(item["warped_moving_label"][0], gland, spacing)
             if TRUTH in item:
                 truth = item[TRUTH].as_tensor()
-                case_before["true_error_mm"] = true_error(start_only["displacement"], truth, gland)
+                case_before["true_error_mm"] = true_error(initial_only["displacement"], truth, gland)
                 case_after["true_error_mm"] = true_error(item["displacement"], truth, gland)
             name = {"case": item["case"], "patient": item["patient"]}
             empty = [warped_away(label) for label in labels_after]
-            for m, (start, end) in enumerate(zip(labels_before, labels_after, strict=True)):
-                self.landmark_rows.append(name | {"label": m} | _before(start) | end | {"empty_warped": empty[m]})
-            doubts = {}
+            for m, (first, end) in enumerate(zip(labels_before, labels_after, strict=True)):
+                self.landmark_rows.append(name | {"label": m} | _before(first) | end | {"empty_warped": empty[m]})
+            checked = {}
             if self.limits is not None:
-                record = qc.quality(item, start_only, qc.deformation(item), inconsistency)
-                doubts["flags"] = "; ".join(qc.flags(record, self.limits))
+                record = qc.quality(item, initial_only, qc.deformation(item), inconsistency)
+                checked["flags"] = "; ".join(qc.flags(record, self.limits))
             self.rows.append(
                 name
                 | _before(case_before)
                 | case_after
                 | jacobian_statistics(item["displacement"], fixed.affine, gland)
                 | {"empty_warped": sum(empty), "seconds": seconds}
-                | doubts
+                | checked
             )
 
     def _summarise(self, engine: Engine) -> None:

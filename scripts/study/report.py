@@ -32,14 +32,14 @@ from scripts.study.report_tables import (
     best_of,
     headline,
     html_table,
+    initial_alone,
     number,
     read_methods,
-    start_alone,
     summary,
 )
 
 BOXES = {"tre_mm": "TRE (mm)", "dsc": "gland DSC (no unit)", "true_error_mm": "true error in the gland (mm)"}
-BEFORE = "start alone"
+BEFORE = "initial transform alone"
 BOX = (
     "of every held-out case (dots; how many in brackets) with median and quartiles; whiskers reach to the last case"
     " within 1.5 times the interquartile range; grey: not trained."
@@ -49,7 +49,7 @@ SLICES = (
     " TRUS and MR, of all slices, projected; white lines join the two."
 )
 MAPS = (
-    "Of the displacement without the start alignment. Each column has one scale; what is beyond it has the colour of"
+    "Of the displacement without the initial transform. Each column has one scale; what is beyond it has the colour of"
     " its end. Outline: gland on TRUS. Magenta: det J ≤ 0, the field folds. Grey: the border, where det J is not known."
 )
 
@@ -84,7 +84,7 @@ def report(output_dir: str | Path, variant: str | None = None, dataset_dir: str 
     first, folder = next(iter(methods)), output / "report"
 
     if "none" not in methods:
-        methods[f"{BEFORE} ({first})"] = start_alone(methods[first])
+        methods[f"{BEFORE} ({first})"] = initial_alone(methods[first])
     rows = {name: summary(name, method, methods[first]) for name, method in methods.items()}
     untrained = [name for name, method in methods.items() if not method.trained]
     tables = [
@@ -148,8 +148,8 @@ def scores(name: str, row: Mapping[str, str], example: Example) -> str:
     """The heading of a row of slices."""
     tre = " → ".join(number(float(row[f"tre_with_gland{when}_mm"] or "nan"), 1) for when in ("_before", ""))
     dsc = " → ".join(number(float(row[f"dsc{when}"] or "nan"), 2) for when in ("_before", ""))
-    doubts = [f"\nCHECK: {flag}" for flag in (row.get("flags") or "").split("; ") if flag]
-    return f"{name}: {row['case']}\nTRE with gland {tre} mm, gland DSC {dsc}{''.join(doubts[:2])}"
+    checks_named = [f"\nCHECK: {flag}" for flag in (row.get("flags") or "").split("; ") if flag]
+    return f"{name}: {row['case']}\nTRE with gland {tre} mm, gland DSC {dsc}{''.join(checks_named[:2])}"
 
 
 def folding(name: str, row: Mapping[str, str], example: Example) -> str:

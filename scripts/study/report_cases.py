@@ -1,7 +1,7 @@
 """The example cases of a report: registered once more by configs/inference.json, and what is drawn of them.
 
 A held-out case is registered with the weights of its own fold and the settings its evaluation had, which the log of the
-run holds. OUT/report/cases/CASE keeps the registration, and `before` in it the start alignment alone.
+run holds. OUT/report/cases/CASE keeps the registration, and `before` in it the initial transform alone.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Example(NamedTuple):
 
     `images` are fixed, moving before and after; `glands` likewise; `landmarks` are their centroids in mm from the first
     voxel, each (N, 3), NaN where a label is empty. `jacobian` (no unit, NaN at the border), `magnitude` (mm) and
-    `gradient` (no unit) are of the displacement without the start alignment.
+    `gradient` (no unit) are of the displacement without the initial transform.
     """
 
     images: tuple[NDArray, NDArray, NDArray]
@@ -143,7 +143,7 @@ def is_kept(wanted: Mapping[str, Any], folder: Path) -> bool:
 
 
 def register_case(wanted: Mapping[str, Any], run: Path, overlays: Sequence[Path], folder: Path) -> None:
-    """Register one case as its evaluation did, and by the start alignment alone, into `folder`."""
+    """Register one case as its evaluation did, and by the initial transform alone, into `folder`."""
     (folder / MADE).unlink(missing_ok=True)
     known = set(json.loads((CONFIGS / "inference.json").read_text(encoding="utf-8")))
     settings = {k: v for k, v in wanted["settings"].items() if k.split("#")[0] in known}
@@ -197,21 +197,21 @@ def read_example(folder: Path, case: Mapping[str, Any], label_values: Sequence[i
     )
 
 
-def maps_of(displacement: Tensor, start: Tensor, affine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps J, D and G (Hu et al. 2018, Fig. 10) of a displacement without its start alignment, each (1, X, Y, Z).
+def maps_of(displacement: Tensor, initial: Tensor, affine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps J, D and G (Hu et al. 2018, Fig. 10) of a displacement without its initial transform, each (1, X, Y, Z).
 
     J is the determinant of the Jacobian, NaN at the border; D the length of the displacement in mm; G the L2 norm of
     its nine derivatives, without unit.
 
     Args:
-        displacement: shape (3, X, Y, Z), RAS mm, the start composed in.
-        start: the displacement of the start alone, likewise; an affine map.
+        displacement: shape (3, X, Y, Z), RAS mm, the initial transform composed in.
+        initial: the displacement of the initial transform alone, likewise; an affine map.
         affine: voxel -> world of their grid, shape (4, 4).
     """
     size = displacement.shape[1:]
     x = fields.world_grid(size, affine)
     corners = x[0, :, :: size[0] - 1, :: size[1] - 1, :: size[2] - 1].flatten(1).T
-    ends = corners + start[:, :: size[0] - 1, :: size[1] - 1, :: size[2] - 1].flatten(1).T
+    ends = corners + initial[:, :: size[0] - 1, :: size[1] - 1, :: size[2] - 1].flatten(1).T
     matrix = torch.eye(4, dtype=torch.float64)
     matrix[:3] = torch.linalg.lstsq(torch.cat([corners, torch.ones(8, 1, dtype=torch.float64)], 1), ends).solution.T
     u = fields.transform_points(torch.linalg.inv(matrix), x + displacement[None]) - x

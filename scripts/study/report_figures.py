@@ -40,7 +40,7 @@ WIDTH, DPI = 6.0, 220  # inches, pixels per inch: sharp on a large screen, and l
 INK, FAINT, TRAINED, UNTRAINED = "#1c2530", "#66717e", "#0b7f8c", "#8a8f96"
 FOLDED = "#ff2bd6"
 HALO = [withStroke(linewidth=3.2, foreground="black")]
-SLICES = ("TRUS (fixed)", "MR after the start", "MR registered")
+SLICES = ("TRUS (fixed)", "MR, initial transform", "MR, registered")
 MAPS = (
     "J: determinant of\nthe Jacobian (no unit)",
     "D: length of the\ndisplacement (mm)",

@@ -93,8 +93,8 @@ def read_methods(output: Path, folds: Sequence[Mapping[str, Sequence[str]]]) -> 
     return methods, missing
 
 
-def start_alone(method: Method) -> Method:
-    """What a method's cases were before registration, by its start alignment alone."""
+def initial_alone(method: Method) -> Method:
+    """What a method's cases were before registration, by its initial transform alone."""
 
     def before(row: Mapping[str, str]) -> dict[str, str]:
         return {k.replace("_before", ""): v for k, v in row.items() if "_before" in k}

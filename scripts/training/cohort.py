@@ -1,7 +1,7 @@
-"""Training batches from a cohort that lives on the device: draw, start alignment and augmentation as one map.
+"""Training batches from a cohort that lives on the device: draw, initial transform and augmentation as one map.
 
 Nothing is resampled before it is drawn. A step draws pairs, a label of each and a random affine for each side, composes
-them with the start alignment into one affine map per volume, and interpolates each volume once.
+them with the initial transform into one affine map per volume, and interpolates each volume once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training batches for the gland segmentation network: cubes of single volumes as its two looks see them."""
+"""Training batches for the gland segmentation network: cubes of single volumes as its two passes see them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from scripts.training.cohort import SIDES, CohortLoader
 
 
 class GlandLoader(CohortLoader):
-    """Batches for the network of the learned start: cubes of single volumes, MR and TRUS in equal numbers.
+    """Batches for the network of the learned initial transform: cubes of single volumes, MR and TRUS in equal numbers.
 
-    Every second cube is the whole volume, the others are close to the gland, as the first and the second look see it,
+    Every second cube is the whole volume, the others are close to the gland, as the first and the second pass see it,
     and each lies at random: moved, turned, stretched, mirrored left to right, nearer or farther. Every second simulated
     volume is turned by a quarter about the long axis: public data sets have headers whose first axis is
     called left-right but runs front to back. Grey levels are bent, blurred and made noisy. A share of the cubes shows
@@ -35,7 +35,7 @@ class GlandLoader(CohortLoader):
         seed: of the draws.
         left_right: which of the cohort's axes, in the order nearest to RAS, runs from left to right: 0 where headers
             tell the truth, 1 in label-reg's public sample.
-        wrong_way: the share of cubes that are upside down or back to front.
+        misoriented_share: the share of cubes that are upside down or back to front.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class GlandLoader(CohortLoader):
         augmentation: float = 1.0,
         seed: int = 0,
         left_right: int = 0,
-        wrong_way: float = 0.0,
+        misoriented_share: float = 0.0,
         **named: Any,
     ) -> None:
         super().__init__(*arguments, augmentation=augmentation, seed=seed, **named)
-        self.left_right, self.wrong_way = left_right, wrong_way
+        self.left_right, self.misoriented_share = left_right, misoriented_share
         self.noise = torch.Generator(self.device).manual_seed(seed)
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class GlandLoader(CohortLoader):
         """A case, its volume with its gland (2, X, Y, Z), voxel -> world of a random cube, and is it the right way?"""
         pair, strength = self.pool.draw(self.random), self.augmentation
         centre, axes, length = pair[f"{side}_frame"]
-        near = strength and self.random.random() < 0.5  # as the second look sees it
+        near = strength and self.random.random() < 0.5  # as the second pass sees it
         if near:
             centre, length = pair[f"{side}_close"]
         turn = Rotation.from_rotvec(self.random.normal(0, 6 * strength, 3), degrees=True)
@@ -99,7 +99,7 @@ class GlandLoader(CohortLoader):
         if strength and self.random.random() < 0.5:
             stretch[left_right] *= -1
         wrong = [[2], [1 - left_right], [2, 1 - left_right]]
-        right_way = not self.wrong_way or self.random.random() >= self.wrong_way
+        right_way = not self.misoriented_share or self.random.random() >= self.misoriented_share
         if not right_way:
             stretch[wrong[self.random.integers(3)]] *= -1
         axes = axes @ torch.from_numpy(np.diag(stretch) @ turn.as_matrix())

@@ -17,7 +17,11 @@ from scripts.network.segmentation import gland_network
 from scripts.study.plan import merged
 
 CONFIGS = ROOT / "configs"
-REGISTER_ONLY = {"start_only.yaml", "start_weights.yaml", "variant_rigid.yaml"}  # that start needs elastix
+REGISTER_ONLY = {
+    "initial_transform_only.yaml",
+    "segmentation_weights.yaml",
+    "variant_rigid.yaml",
+}  # that start needs elastix
 OVERLAYS = sorted({p.name for p in CONFIGS.glob("*.yaml") if merged([p]).get("iterations") != 0} - REGISTER_ONLY)
 
 
@@ -46,16 +50,20 @@ def test_training_leaves_weights_checkpoints_metrics_and_tensorboard_events(trai
 def test_the_learned_start_trains_from_the_command_line_and_registers_alone(cohort, tmp_path):
     settings = {"dataset_dir": cohort, "output_dir": tmp_path, "ckpt_dir": tmp_path, "phantom_pool": 2} | QUICK
     settings |= {"phantom_share": 0.5, "iterations": 60, "epoch_length": 60}
-    files = str([str(CONFIGS / "train.json"), str(CONFIGS / "start.yaml")])
+    files = str([str(CONFIGS / "train.json"), str(CONFIGS / "segmentation.yaml")])
     result = run("monai.bundle", "run", "--config_file", files, *flags(settings), cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    settings = {"dataset_dir": cohort, "output_dir": tmp_path / "out", "start_path": tmp_path / "start.pt"}
+    settings = {
+        "dataset_dir": cohort,
+        "output_dir": tmp_path / "out",
+        "segmentation_path": tmp_path / "segmentation.pt",
+    }
     for config in ("inference.json", "evaluate.json"):
-        files = str([str(CONFIGS / config), str(CONFIGS / "start_only.yaml")])
+        files = str([str(CONFIGS / config), str(CONFIGS / "initial_transform_only.yaml")])
         result = run("monai.bundle", "run", "--config_file", files, *flags(settings), cwd=tmp_path)
         assert result.returncode == 0, result.stderr[-3000:]
-    (record,) = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/qa.json")]
-    assert record["start"] == "learned" and len(record["start_weights_sha256"][0]) == 64
+    (record,) = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/qc.json")]
+    assert record["initial_transform"] == "learned" and len(record["segmentation_weights_sha256"][0]) == 64
     assert record["weights"] is record["weights_sha256"] is None
     assert record["max_displacement_mm"] == pytest.approx(0, abs=1e-3) and record["folded_percent"] == 0
     (row,) = csv.DictReader((tmp_path / "out" / "cases.csv").open())
@@ -67,9 +75,13 @@ def test_training_with_a_learned_start_sees_the_glands_and_fine_tuning_starts_wh
 ):
     network = gland_network()
     torch.nn.init.constant_(network[2].conv_block.bias, 5.0)  # everything is gland
-    torch.save(network.state_dict(), tmp_path / "start.pt")
+    torch.save(network.state_dict(), tmp_path / "segmentation.pt")
     settings = {"dataset_dir": str(cohort), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)} | QUICK
-    settings |= {"start": "learned", "spacing": "gland", "start_path": str(tmp_path / "start.pt")}
+    settings |= {
+        "initial_transform": "learned",
+        "spacing": "gland",
+        "segmentation_path": str(tmp_path / "segmentation.pt"),
+    }
     workflow = ConfigWorkflow(str(CONFIGS / "train.json"), logging_file=False, **settings)
     workflow.initialize()
     workflow.run()
@@ -116,14 +128,14 @@ def test_inference_registers_every_pair_of_a_folder(trained, cohort, tmp_path):
         "warped_moving_label.nii.gz",
         "ddf.nii.gz",
         "overview.png",
-        "qa.json",
+        "qc.json",
     }
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_each_overlay_trains_two_steps(name, cohort, tmp_path):
     settings = {"dataset_dir": str(cohort), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)} | QUICK
-    below = [str(CONFIGS / "start.yaml")] if name == "fine_tune.yaml" else []
+    below = [str(CONFIGS / "segmentation.yaml")] if name == "fine_tune.yaml" else []
     files = [str(CONFIGS / "train.json"), *below, str(CONFIGS / name)]
     workflow = ConfigWorkflow(files, logging_file=False, **settings)
     workflow.initialize()
@@ -210,7 +222,7 @@ def test_the_three_configs_share_their_common_items():
     own |= {"dataloader", "checked_output"}  # inference goes on after a refusal; training has two datalists
     refined = {
         "inferer",
-        "find_glands",
+        "segment_glands",
         "network_def",
     }  # prediction fits the field to the glands found, training does not
     # training starts as the paper's Baseline, the others as the weights in models/ want it

@@ -25,10 +25,10 @@ from scripts.bundle.release import contents
 from scripts.bundle.workflow import register, run_config
 from scripts.data.checks import SUMS, InputError, check_case_name, refusal, sha256
 from scripts.data.weights import check_weights, load_weights
-from scripts.registration.segmentation import FindGlandsd
+from scripts.registration.segmentation import SegmentGlandsd
 from scripts.training.checkpoints import Checkpoints
 
-AFFINE_ONLY = {"start": "centre", "spacing": 4.0, "refine_steps": 0, "use_network": False, "weights": None}
+AFFINE_ONLY = {"initial_transform": "centre", "spacing": 4.0, "refine_steps": 0, "use_network": False, "weights": None}
 
 
 class Payload:
@@ -64,7 +64,7 @@ def test_the_payload_works_where_pickles_are_trusted(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["plain", "torch"])
-@pytest.mark.parametrize("role", ["weights", "initial_weights", "start_path", "checkpoint"])
+@pytest.mark.parametrize("role", ["weights", "initial_weights", "segmentation_path", "checkpoint"])
 @pytest.mark.filterwarnings("ignore:.*damaged", "ignore:Detected pickle protocol")
 def test_a_pickle_that_runs_code_is_refused_in_each_role(role, kind, canary, tmp_path):
     evil = str(write_pickle(tmp_path / "checkpoint_epoch=1.pt", canary, kind))
@@ -74,8 +74,8 @@ def test_a_pickle_that_runs_code_is_refused_in_each_role(role, kind, canary, tmp
             check_weights(evil, network)
         elif role == "initial_weights":
             load_weights(evil, network)
-        elif role == "start_path":
-            FindGlandsd(network, evil)({})
+        elif role == "segmentation_path":
+            SegmentGlandsd(network, evil)({})
         else:
             whole = Path(evil).read_bytes()
             Path(evil).write_bytes(whole + hashlib.sha256(whole).digest())  # as if a training had written it
@@ -326,7 +326,7 @@ def test_names_of_files_and_folders_are_never_evaluated(name, cohort, tmp_path, 
             image = next((cohort / "test" / f"{side}_images").iterdir())
             shutil.copy(image, folder / f"{name}.{'mov' if folder == tmp_path and side == 'moving' else ''}.nii.gz")
     register(f"{name}.mov.nii.gz", f"{name}..nii.gz", f"{name}/out", **AFFINE_ONLY)
-    record = json.loads((tmp_path / name / "out" / "qa.json").read_text("utf-8"))
+    record = json.loads((tmp_path / name / "out" / "qc.json").read_text("utf-8"))
     assert record["case"] == f"{name}."
     settings = {"dataset_dir": str(tmp_path / name / "data"), "output_dir": str(tmp_path / "all")} | AFFINE_ONLY
     run_config("inference.json", **settings)

@@ -52,7 +52,7 @@ ELSEWHERE = {  # how a command begins -> why it is not run here
 }
 SHRUNK = {  # a config or an overlay -> what is appended to a command that names it
     "train.json": {k: v for k, v in QUICK.items() if k != "start"},
-    "start.yaml": {"phantom_pool": 2, "spacing": 0.8},
+    "segmentation.yaml": {"phantom_pool": 2, "spacing": 0.8},
     "baseline.yaml": {k: v for k, v in TINY.items() if k != "start"},
 }
 
@@ -167,7 +167,7 @@ def test_the_commands_run(bundle):
         assert result.returncode == 0, f"{command}\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}"
         done.append(words)
     left = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    wanted = {"out/ddf.nii.gz", "out/overview.png", "out/qa.json", "runs/train/model.pt", "runs/start/start.pt"}
+    wanted = {"out/ddf.nii.gz", "out/overview.png", "out/qc.json", "runs/train/model.pt", "runs/start/segmentation.pt"}
     wanted |= {"eval/cases.csv", "mr_on_trus.nii.gz", "zones_on_trus.nii.gz", "on_trus.mrk.json", "on_mr.csv"}
     assert wanted <= left and len(done) >= 10
 

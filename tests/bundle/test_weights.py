@@ -37,7 +37,7 @@ def test_the_defaults_register_new_phantoms_better_than_their_centres(tmp_path):
     medians = {}
     for name, overlay, more in (
         ("shipped", [], {}),
-        ("centre", ["start_only.yaml"], {"start": "centre", "spacing": 3.0}),
+        ("centre", ["initial_transform_only.yaml"], {"initial_transform": "centre", "spacing": 3.0}),
     ):
         files = str([str(ROOT / "configs" / file) for file in ("evaluate.json", *overlay)])
         settings = {"dataset_dir": cohort, "output_dir": tmp_path / name} | more
@@ -59,8 +59,8 @@ def test_a_registration_that_starts_from_its_own_result_stays_there(tmp_path):
         settings = {"moving": moving, "fixed": fixed, "output_dir": tmp_path / name} | start
         result = run("scripts", "register", *flags(settings))
         assert result.returncode == 0, result.stderr[-3000:]
-        start = {"start": tmp_path / name / "ddf.nii.gz"}
-        found.append(nib.load(start["start"]).get_fdata())
+        start = {"initial_transform": tmp_path / name / "ddf.nii.gz"}
+        found.append(nib.load(start["initial_transform"]).get_fdata())
     assert np.median(np.linalg.norm(found[0], axis=-1)) > 5
     assert np.median(np.linalg.norm(found[1] - found[0], axis=-1)) < 1.5  # mm: less than two voxels of a further fit
 
@@ -74,9 +74,9 @@ def test_the_record_names_the_ddf_network_only_when_it_took_part(tmp_path):
         settings = {"moving": moving, "fixed": fixed, "output_dir": out} | more
         result = run("scripts", "register", *flags(settings))
         assert result.returncode == 0, result.stderr[-3000:]
-        records.append(json.loads((out / "qa.json").read_text("utf-8")))
+        records.append(json.loads((out / "qc.json").read_text("utf-8")))
         ddfs.append((out / "ddf.nii.gz").read_bytes())
     hashes = [record["weights_sha256"] for record in records]
     assert hashes == [None, sha256(str(ROOT / "models" / "model.pt"))]
     assert records[0]["precision"] == "float32" and ddfs[0] != ddfs[1]
-    assert all(len(record["start_weights_sha256"]) == 2 for record in records)
+    assert all(len(record["segmentation_weights_sha256"]) == 2 for record in records)

@@ -447,7 +447,7 @@ def test_a_batch_with_bad_pairs_registers_the_others_and_ends_with_1(cohort, tmp
     ):
         assert result.stderr.count(line) == 1, result.stderr[-3000:]
     assert sorted(path.name for path in output.iterdir()) == ["case0", "case2", "case3", "case5"]
-    assert all((path / "qa.json").exists() for path in output.iterdir())
+    assert all((path / "qc.json").exists() for path in output.iterdir())
 
 
 def test_training_refuses_a_bad_pair_before_its_first_step(dataset, tmp_path):

@@ -243,9 +243,13 @@ def case(found, folder, **files):
     """What a registration leaves, as far as its files need it."""
     fixed = MetaTensor(torch.rand(1, *SIZE), affine=torch.from_numpy(found.affine))
     moving = MetaTensor(torch.rand(1, 34, 36, 30), affine=torch.from_numpy(moving_affine()))
-    zero = {"pred": torch.zeros(3, 4, 4, 4), "grid_affine": torch.eye(4), "start": torch.eye(4, dtype=torch.float64)}
+    zero = {
+        "pred": torch.zeros(3, 4, 4, 4),
+        "grid_affine": torch.eye(4),
+        "initial_transform": torch.eye(4, dtype=torch.float64),
+    }
     zero["image"] = torch.zeros(2, 4, 4, 4)
-    zero["start_stretch"] = torch.ones(3)
+    zero["initial_stretch"] = torch.ones(3)
     images = {"original_fixed_image": fixed, "original_moving_image": moving, "warped_moving_image": fixed}
     names = {"case": "a", "moving_file": "moving.nii.gz", "fixed_file": "fixed.nii.gz"} | files
     return zero | images | names | {"displacement": found.displacement}
@@ -255,7 +259,7 @@ def test_the_files_of_all_tools_appear_with_the_others_or_not_at_all(tmp_path, m
     item = case(registration("permuted"), tmp_path)
     tools = ["itk", "slicer", "ants", "niftyreg", "elastix"]
     outputs.save_registration(tmp_path / "out", item, {}, tools)
-    names = {"warped_moving_image.nii.gz", "ddf.nii.gz", "overview.png", "qa.json"}
+    names = {"warped_moving_image.nii.gz", "ddf.nii.gz", "overview.png", "qc.json"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names | {FILES[tool] for tool in tools}
     assert str(tmp_path / "out" / "ddf.nii.gz") in (tmp_path / "out" / "transformix.txt").read_text()
 

@@ -17,7 +17,7 @@ from scripts.bundle.workflow import register
 from scripts.phantoms.phantom import write_cohort
 
 GOLDEN = Path(__file__).with_name("golden.json")
-FIGURES = ("gland_dsc", "tre_mm", "start_stretch_min", "start_stretch_max", "moving_agreement", "fixed_agreement")
+FIGURES = ("gland_dsc", "tre_mm", "initial_stretch_min", "initial_stretch_max", "moving_agreement", "fixed_agreement")
 
 
 def outcome(folder: Path) -> dict:
@@ -28,7 +28,7 @@ def outcome(folder: Path) -> dict:
     labels = {k: str(next((cohort / "test" / k).iterdir())) for k in ("moving_labels", "fixed_labels")}
     register(str(files["moving_image"]), str(files["fixed_image"]), str(folder / "out"), **labels)
     field = nib.load(folder / "out" / "ddf.nii.gz").get_fdata()[10:-10:8, 14:-14:8, 10:-10:8, 0]
-    record = json.loads((folder / "out" / "qa.json").read_text("utf-8"))
+    record = json.loads((folder / "out" / "qc.json").read_text("utf-8"))
     image = nib.load(files["moving_image"]).get_fdata()
     return {
         "phantom_mean": image.mean(),

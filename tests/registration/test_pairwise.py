@@ -16,7 +16,7 @@ from scripts.data.checks import InputError
 from scripts.data.root import CONFIGS
 from scripts.network.networks import NoField
 from scripts.registration import pairwise
-from scripts.registration.initial_transform import read_start
+from scripts.registration.initial_transform import read_initial_transform
 from scripts.registration.transforms import OntoFixedGridd
 
 NAMES = ("nmi", "ncc", "ssd")
@@ -51,9 +51,9 @@ def test_a_rigid_start_finds_a_known_motion_on_oblique_and_flipped_grids():
     truth[:3, 3] = np.array([40, -7, 90]) + [3, -2, 2.5]
     fixed = volume(fixed_affine, (24, 32, 20))
     moving = volume(moving_affine, (26, 26, 28), np.linalg.inv(truth))
-    (found,) = (step.numpy() for step in read_start("rigid", moving, fixed))
+    (found,) = (step.numpy() for step in read_initial_transform("rigid", moving, fixed))
     corners = np.array([[x, y, z, 1] for x in (-20, 20) for y in (-20, 20) for z in (-20, 20)]).T
-    (centred,) = (step.numpy() for step in read_start("centre", moving, fixed))
+    (centred,) = (step.numpy() for step in read_initial_transform("centre", moving, fixed))
     apart = [np.linalg.norm(((start - truth) @ corners)[:3], axis=0).max() for start in (centred, found)]
     assert apart[0] > 4 and apart[1] < 2.5  # a voxel
 
@@ -91,7 +91,7 @@ def test_centroids_of_labelled_glands_coincide_and_an_unlabelled_pair_is_refused
     affine = torch.diag(torch.tensor([1.0, 2.0, 1.5, 1.0], dtype=torch.float64))
     pair = {f"{side}_image": MetaTensor(torch.rand(1, 20, 20, 20), affine=affine) for side in ("moving", "fixed")}
     labels = {f"{s}_label": MetaTensor(v, affine=affine) for s, v in zip(("moving", "fixed"), label, strict=True)}
-    start = OntoFixedGridd(None, "centroids")(pair | labels)["start"]
+    start = OntoFixedGridd(None, "centroids")(pair | labels)["initial_transform"]
     assert torch.allclose(start[:3, 3], torch.tensor([-7.0, -10.0, -4.5], dtype=torch.float64))
     with pytest.raises(InputError, match='start "centroids" needs label 0, the gland, in moving_label'):
         OntoFixedGridd(None, "centroids")(pair | {"case": "p1"})
@@ -104,12 +104,12 @@ def test_without_elastix_the_command_that_installs_it_is_named(monkeypatch):
 
 
 def test_register_runs_elastix_as_an_evaluation_does_on_two_threads(cohort, tmp_path, monkeypatch):
-    """It has no figures of a fit of ours for the QA record; and more threads than one have crashed it beside torch."""
+    """It has no figures of a fit of ours for the QC record; and more threads than one have crashed it beside torch."""
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     moving, fixed = (next((cohort / "test" / f"{side}_images").iterdir()) for side in ("moving", "fixed"))
-    settings = {"moving": moving, "fixed": fixed, "output_dir": tmp_path / "out", "start": "centre"}
+    settings = {"moving": moving, "fixed": fixed, "output_dir": tmp_path / "out", "initial_transform": "centre"}
     result = run("scripts", "register", *flags(settings | {"overlay": ROOT / "configs" / "variant_nmi.yaml"}))
     assert result.returncode == 0, result.stderr[-2000:]
-    record = json.loads((tmp_path / "out" / "qa.json").read_text("utf-8"))
+    record = json.loads((tmp_path / "out" / "qc.json").read_text("utf-8"))
     assert record["inverse_consistency_mm"] is None and record["max_displacement_mm"] > 0
     assert "fixed_agreement" not in record, "a gland was looked for that nothing uses"

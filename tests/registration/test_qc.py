@@ -1,4 +1,4 @@
-"""The QA record: what it holds, and that a registration that should be doubted is flagged."""
+"""The QC record: what it holds, and that a registration that should be doubted is flagged."""
 
 import json
 
@@ -9,20 +9,20 @@ from conftest import ROOT, flags, run
 
 from scripts.data.checks import InputError
 from scripts.phantoms.phantom import write_cohort
-from scripts.registration.qc import DOUBTED
+from scripts.registration.qc import MEANINGS
 from scripts.registration.qc import flags as flags_of
 from scripts.registration.segmentation import agreement, cut_percent
 
-SCHEMA = json.loads((ROOT / "configs" / "qa_schema.json").read_text("utf-8"))
+SCHEMA = json.loads((ROOT / "configs" / "qc_schema.json").read_text("utf-8"))
 LIMITS = json.loads((ROOT / "configs" / "inference.json").read_text("utf-8"))["limits"]
 
 
 def test_a_figure_is_flagged_beyond_its_limits_and_only_there():
-    limits = {"folded_percent": [None, 0], "start_stretch_min": [0.6, None], "agreement": [0.8, 1]}
-    inside = {"folded_percent": 0, "start_stretch_min": 0.6, "moving_agreement": 0.8, "fixed_agreement": None}
+    limits = {"folded_percent": [None, 0], "initial_stretch_min": [0.6, None], "agreement": [0.8, 1]}
+    inside = {"folded_percent": 0, "initial_stretch_min": 0.6, "moving_agreement": 0.8, "fixed_agreement": None}
     assert flags_of(inside, limits) == []
     assert flags_of(inside | {"folded_percent": 0.1}, limits) == ["the field folds (folded_percent 0.1, limit 0)"]
-    assert "implausible start" in flags_of(inside | {"start_stretch_min": 0.4}, limits)[0]
+    assert "implausible start" in flags_of(inside | {"initial_stretch_min": 0.4}, limits)[0]
     (found,) = flags_of(inside | {"fixed_agreement": 0.5}, limits)
     assert found == "the networks do not agree on the gland in the fixed image (fixed_agreement 0.5, limit 0.8)"
     with pytest.raises(InputError, match="limits: folding is none of folded_percent"):
@@ -35,7 +35,7 @@ def test_evaluations_flag_by_the_same_limits():
 
 def test_the_shipped_limits_are_of_figures_that_the_schema_has():
     for name in LIMITS:
-        sides = ("moving_", "fixed_") if "{side}" in DOUBTED[name] else ("",)
+        sides = ("moving_", "fixed_") if "{side}" in MEANINGS[name] else ("",)
         assert all(f"{side}{name}" in SCHEMA["properties"] for side in sides)
 
 
@@ -67,7 +67,7 @@ def registered(folder, pair, **settings):
     files = {"moving": pair["moving_image"], "fixed": pair["fixed_image"], "output_dir": folder}
     result = run("scripts", "register", *flags(files | settings))
     assert result.returncode == 0, result.stderr[-3000:]
-    record = json.loads((folder / "qa.json").read_text("utf-8"))
+    record = json.loads((folder / "qc.json").read_text("utf-8"))
     jsonschema.validate(record, SCHEMA, jsonschema.Draft202012Validator)
     return record, result.stdout
 
@@ -83,6 +83,6 @@ def test_the_record_of_a_good_pair_is_as_the_schema_says_and_without_flags(pair,
 def test_a_limit_of_one_s_own_flags_aloud(pair, tmp_path):
     record, said = registered(tmp_path / "out", pair, **{"limits#blur": "[None, 0.01]"})
     assert [flag.split(" (")[0] for flag in record["flags"]] == [
-        DOUBTED["blur"].format(side=side) for side in ("moving", "fixed")
+        MEANINGS["blur"].format(side=side) for side in ("moving", "fixed")
     ]
     assert said.count("CHECK: ") == 2

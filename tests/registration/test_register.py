@@ -82,7 +82,7 @@ def test_simpleitk_gets_the_warped_image_from_the_field_and_the_original_moving_
     on_the_face = (ours == 0) != (by_itk == 0)
     assert on_the_face.mean() < 1e-3
     assert difference[~on_the_face].max() < 1e-3
-    record = json.loads((tmp_path / "out" / "qa.json").read_text())
+    record = json.loads((tmp_path / "out" / "qc.json").read_text())
     assert record["max_displacement_mm"] > 1, "the network moved nothing, so nothing was tested"
     assert 0.2 < (ours != 0).mean()
     np.testing.assert_allclose(
@@ -101,7 +101,7 @@ def test_labels_come_out_binary_on_the_fixed_grid_with_scores(trained, cohort, t
     warped = nib.load(tmp_path / "out" / "warped_moving_label.nii.gz")
     assert warped.shape == nib.load(files["fixed_label"]).shape
     assert set(np.unique(np.asarray(warped.dataobj))) == {0, 1}
-    record = json.loads((tmp_path / "out" / "qa.json").read_text())
+    record = json.loads((tmp_path / "out" / "qc.json").read_text())
     assert 0 <= record["gland_dsc"] <= 1 and record["notice"].startswith("Research use only")
 
 

@@ -1,4 +1,4 @@
-"""The learned start: moments of two glands give the map between them, wherever and however the images lie."""
+"""The learned initial transform: moments of two glands give the map between them, however the images lie."""
 
 import numpy as np
 import pytest
@@ -8,15 +8,15 @@ from torch import nn
 
 from scripts.data.checks import InputError
 from scripts.network import fields
-from scripts.registration.initial_transform import align_likelihood, align_moments
+from scripts.registration.initial_transform import align_moments, maximum_a_posteriori
 from scripts.registration.outputs import glands_found
 from scripts.registration.segmentation import (
     SIDE,
-    FindGlandsd,
+    SegmentGlandsd,
+    augmented_predictions,
     cube_affine,
     frame,
     largest_component,
-    mirrored_looks,
     moments,
     on_cube,
     wrong_way,
@@ -64,15 +64,15 @@ class Bright(nn.Module):
 
 
 def start_of(moving, fixed, weights):
-    """The learned start of a pair, fixed world -> moving world."""
-    found = FindGlandsd(Bright(), weights)({"moving_image": moving, "fixed_image": fixed})
-    return PlanFixedGridd(None, "learned")(found)["start"]
+    """The learned initial transform of a pair, fixed world -> moving world."""
+    found = SegmentGlandsd(Bright(), weights)({"moving_image": moving, "fixed_image": fixed})
+    return PlanFixedGridd(None, "learned")(found)["initial_transform"]
 
 
 @pytest.fixture
 def weights(tmp_path):
-    torch.save(Bright().state_dict(), tmp_path / "start.pt")
-    return str(tmp_path / "start.pt")
+    torch.save(Bright().state_dict(), tmp_path / "segmentation.pt")
+    return str(tmp_path / "segmentation.pt")
 
 
 def test_moments_of_an_ellipsoid_are_its_centre_and_a_fifth_of_its_squared_axes():
@@ -126,10 +126,10 @@ def soft_ellipsoid(centre, axes, size=(32, 32, 32), mm=2.2, softness=1.0):
 
 def test_the_likeliest_start_finds_a_shift_and_part_of_a_stretch():
     fixed = soft_ellipsoid((0, 0, 0), (22, 18, 16))
-    shifted = align_likelihood(fixed, soft_ellipsoid((7, -5, 3), (22, 18, 16)))
+    shifted = maximum_a_posteriori(fixed, soft_ellipsoid((7, -5, 3), (22, 18, 16)))
     assert torch.allclose(shifted[:3, 3], torch.tensor([7.0, -5, 3]).double(), atol=0.2)
     assert torch.allclose(shifted[:3, :3], torch.eye(3).double(), atol=0.02)
-    stretched = align_likelihood(fixed, soft_ellipsoid((7, -5, 3), (22 * 1.3, 18, 16)))
+    stretched = maximum_a_posteriori(fixed, soft_ellipsoid((7, -5, 3), (22 * 1.3, 18, 16)))
     assert torch.allclose(stretched[:3, 3], torch.tensor([7.0, -5, 3]).double(), atol=0.3)
     assert 1.04 < stretched[0, 0] < 1.25 and torch.allclose(stretched[1:3, 1:3], torch.eye(2).double(), atol=0.05)
 
@@ -139,7 +139,7 @@ def test_an_end_that_is_seen_without_confidence_does_not_move_the_likeliest_star
     values = moving.as_tensor().clone()
     height = torch.arange(32).expand_as(values[0])
     unsure = MetaTensor(torch.where(height > 19, values.clamp_max(0.45), values), affine=moving.affine)
-    starts = [align_likelihood(fixed, unsure), align_moments(moments(fixed), moments(unsure))]
+    starts = [maximum_a_posteriori(fixed, unsure), align_moments(moments(fixed), moments(unsure))]
     likeliest, by_moments = (abs(start[2, 3].item() - 3) for start in starts)
     assert likeliest < 0.3 and by_moments > 1
 
@@ -157,7 +157,7 @@ def test_where_everything_is_gland_the_likeliest_start_keeps_near_the_centroids(
         whole.append(MetaTensor(logits[0].sigmoid(), affine=affine))
     fixed, moving = whole
     (centre, covariance), (target, _) = moments(fixed), moments(moving)
-    start = align_likelihood(fixed, moving)
+    start = maximum_a_posteriori(fixed, moving)
     off = start[:3, :3] @ centre + start[:3, 3] - target
     assert off.abs().max() <= torch.linalg.det(covariance) ** (1 / 6)
 
@@ -169,11 +169,11 @@ def test_the_plan_says_how_much_the_glands_differ_not_what_the_start_takes_of_it
     }
     for kind in ("likelihood", "translation"):
         plan = PlanFixedGridd(2.0, "learned", kind)(pair)
-        assert plan["start_stretch"].max() == pytest.approx(1.3, abs=0.02)
-        assert plan["start_stretch"].min() == pytest.approx(1 / 1.2, abs=0.02)
-        assert torch.linalg.svdvals(plan["start"][:3, :3]).max() < 1.2
+        assert plan["initial_stretch"].max() == pytest.approx(1.3, abs=0.02)
+        assert plan["initial_stretch"].min() == pytest.approx(1 / 1.2, abs=0.02)
+        assert torch.linalg.svdvals(plan["initial_transform"][:3, :3]).max() < 1.2
     centred = PlanFixedGridd(2.0, "centre")(pair)
-    assert torch.allclose(centred["start_stretch"], torch.ones(3).double())
+    assert torch.allclose(centred["initial_stretch"], torch.ones(3).double())
 
 
 def test_the_likeliest_start_turns_with_the_world():
@@ -181,8 +181,8 @@ def test_the_likeliest_start_turns_with_the_world():
     turn = turned((1, 1, 1), 0.3, (40, -7, 3))
     turn = torch.as_tensor(turn, dtype=torch.float64)
     there = [MetaTensor(volume.as_tensor(), affine=turn @ volume.affine) for volume in (fixed, moving)]
-    expected = turn @ align_likelihood(fixed, moving) @ torch.linalg.inv(turn)
-    assert torch.allclose(align_likelihood(*there), expected, atol=0.01)
+    expected = turn @ maximum_a_posteriori(fixed, moving) @ torch.linalg.inv(turn)
+    assert torch.allclose(maximum_a_posteriori(*there), expected, atol=0.01)
 
 
 def test_an_unknown_kind_is_refused():
@@ -241,7 +241,7 @@ def test_the_mirror_image_is_taken_along_the_axis_in_which_the_patient_is_symmet
     cube[..., 6:12, 6:12, 6:12] = 1
     straight, mirrored = (network(c).sigmoid() for c in (cube, cube.flip(side)))
     assert not torch.allclose(straight, mirrored.flip(side))
-    assert torch.allclose(mirrored_looks([network], cube)[0].mean(0), (straight + mirrored.flip(side)) / 2)
+    assert torch.allclose(augmented_predictions([network], cube)[0].mean(0), (straight + mirrored.flip(side)) / 2)
 
 
 class KnowsTheWay(nn.Module):
@@ -285,13 +285,13 @@ def test_several_networks_find_the_mean_of_their_probabilities(tmp_path):
         paths.append(str(tmp_path / f"start_{k}.pt"))
         torch.save(network.state_dict(), paths[-1])
     cube = torch.rand(1, 1, 32, 32, 32)
-    both = FindGlandsd(Bright(), paths)
+    both = SegmentGlandsd(Bright(), paths)
     volume = ellipsoid((32, 32, 32), turned((1, 1, 1), 0.0), (15, 16, 15), (8, 9, 7))
     both({"moving_image": volume, "fixed_image": volume})
     for network in both.networks:
-        found.append(mirrored_looks([network], cube)[0].mean(0))
+        found.append(augmented_predictions([network], cube)[0].mean(0))
     assert not torch.allclose(*found)
-    assert torch.allclose(mirrored_looks(both.networks, cube)[0].mean(0), sum(found) / 2, atol=1e-6)
+    assert torch.allclose(augmented_predictions(both.networks, cube)[0].mean(0), sum(found) / 2, atol=1e-6)
 
 
 def test_an_image_without_a_gland_is_refused_by_name(weights):
@@ -300,7 +300,7 @@ def test_an_image_without_a_gland_is_refused_by_name(weights):
     with pytest.raises(InputError, match="the moving image: no prostate found"):
         start_of(empty, gland, weights)
     with pytest.raises(InputError, match="mr.nii: no prostate found"):
-        FindGlandsd(Bright(), weights)({"moving_image": empty, "fixed_image": gland, "moving_file": "mr.nii"})
+        SegmentGlandsd(Bright(), weights)({"moving_image": empty, "fixed_image": gland, "moving_file": "mr.nii"})
 
 
 def test_a_gland_of_one_voxel_is_no_crash(tmp_path):
@@ -308,18 +308,20 @@ def test_a_gland_of_one_voxel_is_no_crash(tmp_path):
         def forward(self, x):
             return self.gain * (2.0 * (x == x.amax((2, 3, 4), keepdim=True)) - 1)
 
-    torch.save(Brightest().state_dict(), tmp_path / "start.pt")
+    torch.save(Brightest().state_dict(), tmp_path / "segmentation.pt")
     volume = MetaTensor(torch.rand((1, 40, 40, 40), generator=torch.Generator().manual_seed(0)), affine=torch.eye(4))
-    found = FindGlandsd(Brightest(), str(tmp_path / "start.pt"))({"moving_image": volume, "fixed_image": volume})
-    doubts = found["fixed_doubts"]
-    assert (found["fixed_gland"] > 0.5).sum() == 1 and all(np.isfinite(value) for value in doubts.values())
+    found = SegmentGlandsd(Brightest(), str(tmp_path / "segmentation.pt"))(
+        {"moving_image": volume, "fixed_image": volume}
+    )
+    confidence = found["fixed_confidence"]
+    assert (found["fixed_gland"] > 0.5).sum() == 1 and all(np.isfinite(value) for value in confidence.values())
 
 
 def test_the_glands_become_channels_of_the_networks_input_on_the_fixed_grid(weights):
     affine = turned((1, 1, 1), 0.1)
     pair = {"moving_image": ellipsoid((40, 40, 40), affine, (15, 20, 22), (10, 9, 8))}
     pair["fixed_image"] = ellipsoid((40, 40, 40), affine, (13, 22, 18), (10, 9, 8))
-    image = OntoFixedGridd(None, "learned")(FindGlandsd(Bright(), weights)(pair))["image"]
+    image = OntoFixedGridd(None, "learned")(SegmentGlandsd(Bright(), weights)(pair))["image"]
     assert image.shape == (4, 40, 40, 40)
     for channel in (0, 2, 3):  # moving, its gland and the fixed gland, all where the fixed image is
         a, b = image[channel] > 0.5, image[1] > 0.5
@@ -331,7 +333,7 @@ def test_the_outlines_of_the_overview_are_the_glands_found_where_the_written_fie
     moving, fixed = turned((1.1, 0.9, 1.6), 0.3, flips=(-1, -1, 1)), turned((1.2, 0.8, 1), -0.2, (60, 5, 9))
     pair = {"moving_image": ellipsoid((50, 54, 34), moving, (-25, -27, 22), (12, 9, 8))}
     pair["fixed_image"] = ellipsoid((40, 56, 44), fixed, (93, 24, 32), (11, 10, 8))
-    d = OntoFixedGridd(spacing, "learned")(KeepOriginalsd()(FindGlandsd(Bright(), weights)(pair)))
+    d = OntoFixedGridd(spacing, "learned")(KeepOriginalsd()(SegmentGlandsd(Bright(), weights)(pair)))
     x = torch.linspace(0, 3, d["image"].shape[1])[:, None, None].expand(d["image"].shape[1:])
     d = ToOriginalGridd()(d | {"pred": torch.stack([x.sin(), 0 * x, x.cos()])})
     drawn = glands_found(d)
@@ -348,7 +350,7 @@ def test_training_batches_hold_the_same_input_as_registration(weights):
     pair = {"case": "a", "moving_image": ellipsoid((30, 40, 40), affine, (15, 20, 22), (10, 9, 8))}
     pair["fixed_image"] = ellipsoid((30, 40, 40), affine, (13, 22, 18), (10, 9, 8))
     pair |= {f"{side}_label": pair[f"{side}_image"].clone() for side in ("moving", "fixed")}
-    found = FindGlandsd(Bright(), weights)(pair)
+    found = SegmentGlandsd(Bright(), weights)(pair)
     (batch,) = CohortLoader([PlanFixedGridd(1.5, "learned")(found)], 1, 1, "cpu", augmentation=0)
     image = OntoFixedGridd(1.5, "learned")(found)["image"]
     torch.testing.assert_close(batch["image"][0, :2], image[:2], atol=1e-4, rtol=0)
@@ -357,7 +359,7 @@ def test_training_batches_hold_the_same_input_as_registration(weights):
 
 def test_another_start_looks_for_no_gland(tmp_path):
     pair = {"moving_image": 1, "fixed_image": 2}
-    assert FindGlandsd(Bright(), str(tmp_path / "none.pt"), wanted=False)(pair) == pair
+    assert SegmentGlandsd(Bright(), str(tmp_path / "none.pt"), wanted=False)(pair) == pair
 
 
 def test_the_largest_component_keeps_its_soft_rim_and_loses_the_others():
@@ -481,7 +483,7 @@ def pair_of(spacing):
 
 def test_a_grid_measured_by_the_gland_does_not_depend_on_the_voxel_size_in_the_headers(weights):
     plan = OntoFixedGridd("gland", "learned")
-    fine, coarse = (plan(FindGlandsd(Bright(), weights)(pair_of(spacing))) for spacing in (0.4, 1.6))
+    fine, coarse = (plan(SegmentGlandsd(Bright(), weights)(pair_of(spacing))) for spacing in (0.4, 1.6))
     assert fine["image"].shape == (4, SIDE, SIDE, SIDE)
     torch.testing.assert_close(fine["image"], coarse["image"], rtol=0, atol=1e-4)
     torch.testing.assert_close(fine["spacing"], coarse["spacing"])
@@ -503,7 +505,7 @@ def test_a_fine_volume_is_averaged_onto_a_grid_measured_by_the_gland(weights):
         if key.endswith("image"):
             data = data + 0.5 * torch.randn(data.shape, generator=noise)
         fine[key] = MetaTensor(data, affine=affine)
-    found = FindGlandsd(Bright(), weights)(made)
+    found = SegmentGlandsd(Bright(), weights)(made)
     glands = {k: v for k, v in found.items() if k.endswith("gland")}
     plan = OntoFixedGridd("gland", "learned")
     plain, averaged = plan(found)["image"], plan(fine | glands)["image"]

@@ -116,7 +116,7 @@ def test_by_the_headers_the_worlds_are_one(axes):
         affine[:3, 3] = data["fixed_image"].affine[:3] @ torch.tensor([2.0, 3, 1, 1], dtype=torch.float64) - 4
         data[key] = MetaTensor(data[key].as_tensor(), affine=affine)
     result = OntoFixedGridd(0.8, "header")(data)
-    assert torch.equal(result["start"], torch.eye(4, dtype=torch.float64))
+    assert torch.equal(result["initial_transform"], torch.eye(4, dtype=torch.float64))
     affine = result["grid_affine"].numpy()
     size = tuple(result["image"].shape[1:])
     for key in ("moving_label", "fixed_label"):
@@ -143,7 +143,7 @@ def test_a_transform_file_of_itk_is_the_start(kind, suffix, tmp_path):
     check_against_itk(data, result, transform)
     point = np.array([3.0, -7, 11])
     ras = LPS[:3, :3] @ transform.TransformPoint((LPS[:3, :3] @ point).tolist())
-    np.testing.assert_allclose((result["start"].numpy() @ [*point, 1])[:3], ras, atol=1e-9)
+    np.testing.assert_allclose((result["initial_transform"].numpy() @ [*point, 1])[:3], ras, atol=1e-9)
 
 
 @pytest.mark.parametrize("spacing", [0.8, 1.5, None, "none", "0.8"])
@@ -222,7 +222,7 @@ def test_a_translation_and_a_composite_of_linear_transforms_are_starts_as_well(t
     rotation = sitk.Euler3DTransform((1, 2, 3), 0.1, -0.2, 0.3, (4, 5, 6))
     for transform in (sitk.TranslationTransform(3, (3, -2, 5)), sitk.CompositeTransform([rotation, rotation])):
         sitk.WriteTransform(transform, str(tmp_path / "start.tfm"))
-        matrix = OntoFixedGridd(start=str(tmp_path / "start.tfm"))(pair())["start"].numpy()
+        matrix = OntoFixedGridd(start=str(tmp_path / "start.tfm"))(pair())["initial_transform"].numpy()
         for point in np.random.default_rng(0).uniform(-50, 50, (5, 3)):
             lps = np.array(transform.TransformPoint(tuple(point * [-1, -1, 1])))
             np.testing.assert_allclose((matrix @ [*point, 1])[:3], lps * [-1, -1, 1], atol=1e-6)
@@ -249,7 +249,9 @@ def test_a_start_is_the_same_as_a_matrix_and_as_a_displacement(axes, tmp_path):
     by_matrix, by_field = (result["displacement"] for result in results)
     inner = (..., *[slice(3, -3)] * 3)  # beyond its border a field has that border's values, a matrix has none
     torch.testing.assert_close(by_field[inner], by_matrix[inner], rtol=0, atol=1e-6)
-    assert "start_displacement" in results[1] and torch.equal(results[1]["start"], torch.eye(4, dtype=torch.float64))
+    assert "initial_displacement" in results[1] and torch.equal(
+        results[1]["initial_transform"], torch.eye(4, dtype=torch.float64)
+    )
     assert (results[0]["image"] - results[1]["image"]).abs().median() < 0.05 * results[0]["image"].std()
 
 
@@ -287,7 +289,7 @@ def test_a_constant_ddf_is_a_translation_along_the_working_axes(axes):
     result = OntoFixedGridd(0.8)(KeepOriginalsd()(data))
     voxels = torch.tensor([2.0, -1, 3])
     back = ToOriginalGridd()(result | {"pred": voxels.view(3, 1, 1, 1).expand(3, *result["image"].shape[1:])})
-    expected = result["grid_affine"][:3, :3] @ voxels.double() + result["start"][:3, 3]
+    expected = result["grid_affine"][:3, :3] @ voxels.double() + result["initial_transform"][:3, 3]
     torch.testing.assert_close(
         back["displacement"], expected.view(3, 1, 1, 1).expand_as(back["displacement"]), rtol=1e-9, atol=1e-9
     )
@@ -298,7 +300,7 @@ def test_the_true_displacement_of_a_phantom_lays_its_labels_on_each_other():
     data = as_loaded(phantom)
     result = OntoFixedGridd(None, "centre")(KeepOriginalsd()(data))
     truth = phantom.true_displacement.movedim(-1, 0).double()
-    shift = result["start"][:3, 3].view(3, 1, 1, 1)  # the start is a translation: T(x) = x + A u + shift
+    shift = result["initial_transform"][:3, 3].view(3, 1, 1, 1)  # the start is a translation: T(x) = x + A u + shift
     ddf = torch.einsum("ij,jxyz->ixyz", torch.linalg.inv(result["grid_affine"][:3, :3]), truth - shift).float()
     back = ToOriginalGridd()(result | {"pred": ddf})
     torch.testing.assert_close(back["displacement"], truth, rtol=1e-4, atol=1e-3)

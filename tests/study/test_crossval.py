@@ -238,35 +238,35 @@ def test_the_paper_s_76_patients_make_8_folds_of_6_and_4_of_7_that_share_nobody(
 
 def test_a_run_is_two_plain_commands_and_the_evaluation_knows_the_paper_s_networks(tmp_path):
     plan = {"folds": [{"p": ["a"]}, {"q": ["b"]}], "fold_seed": 4, "settings": {"iterations": 9, "spacing": 1.0}}
-    plan["settings"]["start_path"] = "/starts/{fold}.pt"
+    plan["settings"]["segmentation_path"] = "/starts/{fold}.pt"
     *_, last = runs_of({"baseline": [], "delta0": overlays_of("delta0")}, plan, "/data", tmp_path)
     names = [[Path(f).name for f in eval(words[4])] for words in (last.train, last.evaluate)]
     assert names == [["train.json", "variant_delta0.yaml"], ["evaluate.json", "baseline.yaml", "variant_delta0.yaml"]]
     assert {"--fold=1", "--fold_count=2", "--fold_seed=4", "--spacing=1.0"} < set(last.train) & set(last.evaluate)
-    assert "--start_path='/starts/1.pt'" in last.evaluate
+    assert "--segmentation_path='/starts/1.pt'" in last.evaluate
     assert "--iterations=9" in last.train and "--iterations=9" not in last.evaluate
     assert f"--ckpt_path='{tmp_path}/runs/delta0/fold1/model.pt'" in last.evaluate
-    plan["settings"]["start_path"] = ["/starts/{fold}.pt", "/other.pt"]  # several networks, averaged
+    plan["settings"]["segmentation_path"] = ["/starts/{fold}.pt", "/other.pt"]  # several networks, averaged
     *_, last = runs_of({"baseline": []}, plan, "/data", tmp_path)
-    assert "--start_path=['/starts/1.pt', '/other.pt']" in last.evaluate
+    assert "--segmentation_path=['/starts/1.pt', '/other.pt']" in last.evaluate
 
 
 def test_parts_of_a_variant_are_joined_in_their_order(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("alpha: 0.2\n")
     names = [path.name for path in overlays_of(f"baseline+delta0+start+{mine}")]
-    assert names == ["variant_delta0.yaml", "start.yaml", "mine.yaml"]
+    assert names == ["variant_delta0.yaml", "segmentation.yaml", "mine.yaml"]
     assert name_of(f"delta0+{mine}") == "delta0+mine" and name_of("baseline") == "baseline"
 
 
 def test_what_learns_nothing_is_only_evaluated_and_the_start_is_scored_by_an_overlay_of_its_own(tmp_path):
     plan = {"folds": [{"p": ["a"]}], "fold_seed": 0, "settings": {"iterations": 9}}
-    variants = {name: overlays_of(name) for name in ("nmi+centroids", "start+fine_tune")}
+    variants = {name: overlays_of(name) for name in ("nmi+centroids", "segmentation+fine_tune")}
     pairwise, start = runs_of(variants, plan, "/data", tmp_path)
     assert pairwise.train == []
     scored = [eval(run.evaluate[4]) for run in (pairwise, start)]
     assert scored[0][2:] == [str(CONFIGS / f"variant_{name}.yaml") for name in ("nmi", "centroids")]
-    assert scored[1] == [str(CONFIGS / "evaluate.json"), str(CONFIGS / "start_weights.yaml")]
+    assert scored[1] == [str(CONFIGS / "evaluate.json"), str(CONFIGS / "segmentation_weights.yaml")]
     assert progress(pairwise, 0)[0] == "waiting"
     Path(pairwise.folder).mkdir(parents=True)
     pairwise.log.write_text("$ python")

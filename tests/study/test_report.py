@@ -115,7 +115,7 @@ def test_the_tables_say_what_statistics_csv_says(crossval, page):
     found = {(row["variant"], row["metric"]): row for row in rows(crossval / "statistics.csv")}
     tables = rows(page.parent / "table1.csv"), rows(page.parent / "table2.csv")
     assert [row["variant"] for row in tables[0]] == ["baseline", "l2"]
-    assert [row["variant"] for row in tables[1]][-2:] == ["nothing", "start alone (baseline)"]
+    assert [row["variant"] for row in tables[1]][-2:] == ["nothing", "initial transform alone (baseline)"]
     for row in tables[0] + [tables[1][-2]]:
         for metric in ("tre_mm", "dsc"):
             wanted = found[row["variant"], metric]
@@ -126,7 +126,7 @@ def test_the_tables_say_what_statistics_csv_says(crossval, page):
             assert row["empty_warped"] == wanted["empty_warped"]
         flagged = [bool(case["flags"]) for case in rows(crossval / "cases.csv") if case["variant"] == row["variant"]]
         assert float(row["flagged_cases"]) == sum(flagged)
-    # one start for all: what the start alone leaves is what no network leaves
+    # one start for all: what the initial transform alone leaves is what no network leaves
     for column in ("tre_mm_median", "dsc_q1", "true_error_mm_median", "patient_tre_mm_q3"):
         assert float(tables[1][-1][column]) == pytest.approx(float(tables[1][-2][column]), abs=1e-4)
 
@@ -173,7 +173,7 @@ def test_a_shown_case_is_registered_as_it_was_evaluated_and_only_once(crossval, 
     assert len(kept) == 3
     labels = {(row["variant"], row["case"]): row for row in rows(crossval / "cases.csv")}
     for folder in kept:
-        record, before = (json.loads((place / "qa.json").read_text()) for place in (folder, folder / "before"))
+        record, before = (json.loads((place / "qc.json").read_text()) for place in (folder, folder / "before"))
         variant = Path(record["weights"]).parts[-3]
         row = labels[variant, folder.name]
         assert record["gland_dsc"] == pytest.approx(float(row["dsc"]), abs=1e-6)
@@ -187,12 +187,12 @@ def test_a_shown_case_is_registered_as_it_was_evaluated_and_only_once(crossval, 
 def test_other_weights_are_registered_anew(crossval, page, tmp_path):
     moved = shutil.copytree(crossval, tmp_path / "moved")
     record = moved / "report" / "cases"
-    used = {json.loads((p / "qa.json").read_text())["weights"] for p in record.iterdir()}
+    used = {json.loads((p / "qc.json").read_text())["weights"] for p in record.iterdir()}
     other = "l2" if any("baseline" in w for w in used) else "baseline"
     report(moved, variant=other, dataset_dir=str(crossval.parent / DATA))
     shown = Page((moved / "report" / "report.html").read_text()).text
     assert f"{other}, held-out cases of best" in shown
-    again = [json.loads((p / "qa.json").read_text())["weights"] for p in record.iterdir()]
+    again = [json.loads((p / "qc.json").read_text())["weights"] for p in record.iterdir()]
     assert sum(w.startswith(f"{moved}/runs/{other}") for w in again) == 3
 
 
@@ -238,7 +238,7 @@ def test_figures_and_flags_are_written_to_be_read():
         "–",
         "−∞",
     ]
-    assert flag("scales", [0, 0.5]) == "--scales '[0, 0.5]'" and flag("start", "centre") == "--start centre"
+    assert flag("scales", [0, 0.5]) == "--scales '[0, 0.5]'" and flag("start", "centre") == "--initial_transform centre"
     configs = ROOT / "configs"
     mine = [
         configs / "baseline.yaml",
@@ -256,7 +256,9 @@ def test_long_headings_of_a_row_lie_on_no_picture_and_are_not_cut_off():
     volume[5:15, 4:12, 3:7] = 1
     three, points = (volume,) * 3, (np.ones((1, 3)),) * 3
     example = report_cases.Example(three, three, points, volume, volume, volume, np.ones(3))
-    long = "CHECK: the two glands that were found differ too much for one patient (start_stretch_min 0.579, limit 0.7)"
+    long = (
+        "CHECK: the two glands that were found differ too much for one patient (initial_stretch_min 0.579, limit 0.7)"
+    )
     figure = slices({f"{name}: case\nDSC 0.4\n{long}\n{long}": example for name in ("best", "worst")})
     png(figure)  # places the letters
     headings = [t.get_window_extent() for t in figure.texts if "case" in t.get_text()]

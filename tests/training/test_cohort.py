@@ -157,7 +157,7 @@ def test_the_augmented_pair_is_read_once_through_the_composed_map():
         moved = ((affine[:, :3] @ normalised + affine[:, 3:] + 1) * size[:, None] - 1) / 2
         points = pair["grid_affine"].numpy() @ np.vstack([moved, np.ones(moved.shape[1])])
         if side == "moving":
-            points = pair["start"].numpy() @ points
+            points = pair["initial_transform"].numpy() @ points
         inverse = np.linalg.inv(pair[f"{side}_image"].affine.numpy())
         points = (inverse @ points)[:3]
         image, label = pair[f"{side}_image"][0].numpy(), pair[f"{side}_label"][m].numpy()

@@ -1,7 +1,7 @@
 """How many wrong registrations are flagged: phantoms as they are, and pushed out of what the networks learned from.
 
-python benchmarks/doubts.py [--patients 40] [--seed 2031]    # phantoms that neither a training nor the limits have seen
-python benchmarks/doubts.py --start_path runs/a/start.pt runs/b/start.pt --cases doubts.csv    # networks of one's own
+python benchmarks/confidence.py [--patients 40] [--seed 2031]    # phantoms that neither a training nor the limits have
+seen python benchmarks/confidence.py --segmentation_path runs/a/segmentation.pt runs/b/segmentation.pt --cases cases.csv
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ if __name__ == "__main__":
     parser.add_argument("--patients", type=int, default=40)
     parser.add_argument("--seed", type=int, default=2031)
     parser.add_argument("--pushed", type=int, default=10, help="patients of each kind and side")
-    networks = "the networks of the learned start, instead of the shipped ones"
-    parser.add_argument("--start_path", nargs="+", default=argparse.SUPPRESS, help=networks)
+    networks = "the networks of the learned initial transform, instead of the shipped ones"
+    parser.add_argument("--segmentation_path", nargs="+", default=argparse.SUPPRESS, help=networks)
     parser.add_argument("--cases", help="a table of every registration, with its error in mm and its flags (CSV)")
     main(**vars(parser.parse_args()))
