@@ -32,8 +32,9 @@ from scripts.registration import figures  # noqa: E402
 SEED, PATIENTS = 2026, range(160, 200)  # the test split of `phantom --patients 200 --seed 2026`
 PLANES = {"axial": (0, 1), "sagittal": (1, 2)}
 SHOWN = ("TRUS (fixed)", "MR, volume centres aligned", "MR, registered", "TRUS / MR, registered")
-HALF = 36.0  # mm from the middle of a panel to its edge
-CENTRE = {"overlay": str(ROOT / "configs" / "initial_transform_only.yaml"), "initial_transform": "centre"}
+MARGIN = 8.0  # mm between the gland and the edge of a panel
+ALONE = str(ROOT / "configs" / "initial_transform_only.yaml")
+CENTRE = {"overlay": ALONE, "initial_transform": "centre", "spacing": "none"}
 
 
 def middle_case(folder: Path) -> str:
@@ -71,6 +72,7 @@ def draw(path: Path, pair: Path, case: str, before: Path, after: Path) -> None:
     glands = [volume(folder / "warped_moving_label.nii.gz")[0] for folder in (before, after)]
     fixed, *moved = figures.windowed(fixed, fixed), *(figures.windowed(v, moved[1]) for v in moved)
     centre = figures.centre_voxel(fixed.shape, gland)
+    half = MARGIN + (np.ptp(np.argwhere(gland), axis=0) * spacing).max() / 2
     figure = Figure(figsize=(12, 6.9), dpi=80, facecolor=figures.BACKGROUND)
     for row, (name, axes) in enumerate(PLANES.items()):
         (normal,) = {0, 1, 2} - set(axes)
@@ -86,7 +88,7 @@ def draw(path: Path, pair: Path, case: str, before: Path, after: Path) -> None:
             if other is not None:
                 figures.draw_outline(ax, other, mm, figures.MOVING)
             x, y = middle
-            ax.set(xlim=(x + HALF, x - HALF), ylim=(y - HALF, y + HALF), xticks=[], yticks=[], facecolor="black")
+            ax.set(xlim=(x + half, x - half), ylim=(y - half, y + half), xticks=[], yticks=[], facecolor="black")
             ax.spines[:].set_visible(False)
             if row == 0:
                 ax.set_title(SHOWN[column], color=figures.INK, size=12.5, pad=6)
@@ -111,14 +113,17 @@ def draw(path: Path, pair: Path, case: str, before: Path, after: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "registration.png")
-    output = parser.parse_args().output
+    parser.add_argument("--folder", type=Path, help="where phantoms and tables stay for a second call; default none")
+    arguments = parser.parse_args()
+    output = arguments.output
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = arguments.folder or Path(name)
         pairs = folder / "cohort" / "test"
-        for patient in tqdm(PATIENTS, desc="phantom"):
-            pair = simulate_pair(np.random.default_rng([SEED, patient]), mode="realistic")
-            write_pair(pairs, f"case{patient:06d}", pair)
-        run_config("evaluate.json", dataset_dir=str(pairs.parent), output_dir=str(folder / "eval"))
+        if not (folder / "eval" / "cases.csv").exists():
+            for patient in tqdm(PATIENTS, desc="phantom"):
+                pair = simulate_pair(np.random.default_rng([SEED, patient]), mode="realistic")
+                write_pair(pairs, f"case{patient:06d}", pair)
+            run_config("evaluate.json", dataset_dir=str(pairs.parent), output_dir=str(folder / "eval"))
         case = middle_case(folder / "eval")
         files = {
             f"{side}{suffix}": str(pairs / f"{side}_{kind}" / f"{case}.nii.gz")
