@@ -368,17 +368,22 @@ def check_config(path: str) -> None:
 
 
 def main() -> None:
-    import fire
-
-    from scripts.data.checks import refusal
-
     arguments = sys.argv[1:]
     if {"-h", "--help"} & set(arguments):  # Fire calls a bare --help of a verb with required arguments an error
         arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
     try:
+        import fire
+
         verbs = (register, apply, invert, check, phantom, sweep, demo, crossval, report, release, check_config)
         fire.Fire({verb.__name__: verb for verb in verbs}, arguments, name="python -m scripts")
+    except KeyboardInterrupt:
+        from scripts.data.checks import INTERRUPTED
+
+        print(INTERRUPTED, file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as shells say it
     except Exception as error:
+        from scripts.data.checks import refusal
+
         refused = refusal(error)
         if refused is None:
             raise

@@ -29,8 +29,8 @@ def run_config(name: str, *overlays: str | Path | None, **settings) -> None:
 
     if "datalist" in settings:  # in a list MONAI evaluates a file's name that starts with $; it leaves tuples alone
         settings["datalist"] = tuple(settings["datalist"])
-    for noisy in ("monai", "ignite", "py.warnings"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    for noisy in ("monai", "monai.bundle.workflows", "ignite", "py.warnings"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # an error is raised as well, and said once
     files = [str(CONFIGS / name)] + [str(Path(overlay).resolve()) for overlay in overlays if overlay]
     kind = "train" if name.startswith("train") else "infer"
     workflow = ConfigWorkflow(files, logging_file=False, workflow_type=kind, **settings)

@@ -6,6 +6,7 @@ What can be mended for certain is mended and said: a warning of the class `Repai
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import re
 import sys
@@ -19,6 +20,7 @@ SUMS = "SHA256SUMS"  # beside files whose hashes are known, as `sha256sum` write
 MAX_VOXELS = 512**3  # a larger volume is refused rather than run out of memory half-way
 MAX_MM = 1e5  # no scanner's world is larger; single precision tells voxels apart in it
 ROUNDING = 1e-4  # cosine between two axes that headers in single precision have, and that ITK takes for zero
+INTERRUPTED = "interrupted"  # all that Ctrl-C prints
 MAX_SHEAR = 0.02  # the same, about one degree: the most that is mended
 
 
@@ -53,15 +55,20 @@ def refusal(error: BaseException | None) -> InputError | None:
 
 
 def refuse_in_one_line() -> None:
-    """Show an uncaught `InputError` as one line on stderr (exit code 1) without a traceback, a repair likewise."""
+    """Show an uncaught `InputError` as one line on stderr (exit code 1) without a traceback, a repair likewise.
+
+    Ctrl-C is one line too, and what Ignite logs of an exception, twice, before it raises it, is left out.
+    """
     previous, usual = sys.excepthook, warnings.formatwarning
 
     def hook(kind, value, trace) -> None:
         found = refusal(value)
-        if found is None:
-            previous(kind, value, trace)
-        else:
+        if found is not None:
             print(f"error: {found}", file=sys.stderr)
+        elif issubclass(kind, KeyboardInterrupt):
+            print(INTERRUPTED, file=sys.stderr)
+        else:
+            previous(kind, value, trace)
 
     def one_line(message, category, *where) -> str:
         return f"repaired: {message}\n" if category is Repaired else usual(message, category, *where)
@@ -69,6 +76,12 @@ def refuse_in_one_line() -> None:
     if getattr(previous, "__module__", None) != __name__:
         sys.excepthook = hook
         warnings.formatwarning = one_line
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_said_once)
+
+
+def _said_once(record: logging.LogRecord) -> bool:
+    return "run is terminating due to exception" not in record.getMessage()
 
 
 def check_geometry(path: str | Path, shape: tuple[int, ...], affine: np.ndarray) -> None:
@@ -146,15 +159,6 @@ def distance(shape: Sequence[int], one: np.ndarray, other: np.ndarray) -> float:
     corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)], dtype=float)
     corners[:, :3] *= np.array(shape) - 1
     return np.linalg.norm(corners @ (np.asarray(one, float) - np.asarray(other, float)).T, axis=1).max()
-
-
-def say_axes(path: str | Path, affine: np.ndarray) -> None:
-    """Say which way the axes of an image run where that is not towards right, anterior and superior."""
-    from nibabel import aff2axcodes  # only here: the rest of the gate needs numpy alone
-
-    axes = "".join(aff2axcodes(affine))
-    if axes != "RAS":
-        repaired(path, f"axes run towards {axes}, reordered to RAS")
 
 
 def check_image(path: str | Path, image: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,12 @@ class Gated(Dataset):
 
 def read(dataset: Dataset, num_workers: int = 0) -> DataLoader:
     """The items of a data set in their order, read by `num_workers` processes, see `Gated`."""
-    return DataLoader(Gated(dataset), batch_size=None, num_workers=num_workers)
+    return DataLoader(Gated(dataset), batch_size=None, num_workers=num_workers, worker_init_fn=leave_interrupts)
+
+
+def leave_interrupts(worker: int) -> None:
+    """In a process that reads: leave Ctrl-C to the one that started it, which ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class PairLoader:
@@ -124,7 +130,9 @@ def check_dataset(
             found.setdefault((pair["moving_image"], pair["fixed_image"]), (split, pair))
     splits, pairs = zip(*found.values(), strict=True)
     workers = min(8, os.cpu_count() or 1, len(pairs)) if num_workers is None else num_workers
-    findings = DataLoader(Findings(pairs, label_values), batch_size=None, num_workers=workers)
+    findings = DataLoader(
+        Findings(pairs, label_values), batch_size=None, num_workers=workers, worker_init_fn=leave_interrupts
+    )
     rows, refused, repaired = [], 0, 0
     for split, pair, (why, repairs) in zip(splits, pairs, tqdm(findings, desc="Checking", unit="pair"), strict=True):
         refused += why is not None

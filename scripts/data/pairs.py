@@ -39,7 +39,6 @@ class LoadPaird(Transform):
             if len(d[key]) != 1:
                 raise checks.InputError(f"{data[key]}: expected one image, found {len(d[key])} channels")
             checks.check_image(data[key], d[key].numpy())
-            checks.say_axes(data[key], d[key].affine.numpy())
         for key, image in zip(LABELS, IMAGES, strict=True):
             if key in d:
                 d[key] = self._load_label(data[key], data[image], d[image])

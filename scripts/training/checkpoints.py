@@ -17,7 +17,7 @@ import torch
 from ignite.distributed import all_reduce
 from ignite.engine import Engine, Events
 
-from scripts.data.checks import InputError
+from scripts.data.checks import INTERRUPTED, InputError
 from scripts.data.files import written_whole
 from scripts.training.failures import too_large
 
@@ -78,6 +78,10 @@ class Checkpoints:
             trainer.run()
         except torch.OutOfMemoryError as error:
             raise too_large(trainer, error) from None
+        except KeyboardInterrupt:
+            place = f"at step {trainer.state.iteration}; --resume True goes on from the last checkpoint"
+            print(f"{INTERRUPTED} {place if self.found() else 'before the first checkpoint'}", file=sys.stderr)
+            sys.exit(130)
         finally:
             if main:
                 signal.signal(signal.SIGTERM, before)

@@ -259,7 +259,7 @@ def test_the_files_of_all_tools_appear_with_the_others_or_not_at_all(tmp_path, m
     item = case(registration("permuted"), tmp_path)
     tools = ["itk", "slicer", "ants", "niftyreg", "elastix"]
     outputs.save_registration(tmp_path / "out", item, {}, tools)
-    names = {"warped_moving_image.nii.gz", "ddf.nii.gz", "overview.png", "qc.json"}
+    names = {"warped_moving_image.nii.gz", "ddf.nii.gz", "overview.png", "qc.json", "qa.json"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names | {FILES[tool] for tool in tools}
     assert str(tmp_path / "out" / "ddf.nii.gz") in (tmp_path / "out" / "transformix.txt").read_text()
 

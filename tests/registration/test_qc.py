@@ -22,7 +22,7 @@ def test_a_figure_is_flagged_beyond_its_limits_and_only_there():
     inside = {"folded_percent": 0, "initial_stretch_min": 0.6, "moving_agreement": 0.8, "fixed_agreement": None}
     assert flags_of(inside, limits) == []
     assert flags_of(inside | {"folded_percent": 0.1}, limits) == ["the field folds (folded_percent 0.1, limit 0)"]
-    assert "implausible start" in flags_of(inside | {"initial_stretch_min": 0.4}, limits)[0]
+    assert "implausible initial transform" in flags_of(inside | {"initial_stretch_min": 0.4}, limits)[0]
     (found,) = flags_of(inside | {"fixed_agreement": 0.5}, limits)
     assert found == "the networks do not agree on the gland in the fixed image (fixed_agreement 0.5, limit 0.8)"
     with pytest.raises(InputError, match="limits: folding is none of folded_percent"):

@@ -97,5 +97,5 @@ def test_the_images_do_not_matter_and_training_and_no_steps_leave_the_field_alon
 
 
 def test_an_input_without_glands_is_refused():
-    with pytest.raises(InputError, match="start learned"):
+    with pytest.raises(InputError, match="initial_transform learned"):
         RefinedInferer()(torch.rand(1, 2, 16, 16, 16), SummedDDFNet(2).eval())

@@ -66,7 +66,7 @@ def test_simpleitk_gets_the_warped_image_from_the_field_and_the_original_moving_
             transform = sitk.DisplacementFieldTransform(field)
         sitk.WriteTransform(transform, str(tmp_path / "start.h5"))
         start = tmp_path / "start.h5"
-    result = register(moving, fixed, tmp_path / "out", trained, start=start)
+    result = register(moving, fixed, tmp_path / "out", trained, initial_transform=start)
     assert result.returncode == 0, result.stderr[-3000:]
 
     reference, image = sitk.ReadImage(str(fixed)), sitk.ReadImage(str(moving))

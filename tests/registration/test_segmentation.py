@@ -19,7 +19,7 @@ from scripts.registration.segmentation import (
     largest_component,
     moments,
     on_cube,
-    wrong_way,
+    orientation_check,
 )
 from scripts.registration.transforms import (
     KeepOriginalsd,
@@ -63,7 +63,7 @@ class Bright(nn.Module):
         return self.gain * (x - 0.5)
 
 
-def start_of(moving, fixed, weights):
+def initial_transform_of(moving, fixed, weights):
     """The learned initial transform of a pair, fixed world -> moving world."""
     found = SegmentGlandsd(Bright(), weights)({"moving_image": moving, "fixed_image": fixed})
     return PlanFixedGridd(None, "learned")(found)["initial_transform"]
@@ -205,7 +205,7 @@ def test_the_start_finds_bright_glands_in_oblique_anisotropic_and_flipped_volume
     for size, affine, shift in zip(sizes, (moving_affine, fixed_affine), ((4, -3, 2), (-2, 5, -4)), strict=True):
         centres.append([m + d for m, d in zip(middle(size, affine), shift, strict=True)])
         volumes.append(ellipsoid(size, affine, centres[-1], (12, 10, 9)))
-    start = start_of(*volumes, weights)
+    start = initial_transform_of(*volumes, weights)
     mapped = start[:3, :3] @ torch.tensor(centres[1], dtype=torch.float64) + start[:3, 3]
     assert torch.allclose(mapped, torch.tensor(centres[0], dtype=torch.float64), atol=0.4)
     assert torch.allclose(start[:3, :3], torch.eye(3, dtype=torch.float64), atol=0.1)
@@ -217,7 +217,7 @@ def test_a_wrong_voxel_size_in_both_headers_does_not_change_the_start_in_voxels(
         affine = turned((mm, mm, mm), 0.0)
         moving = ellipsoid((48, 48, 40), affine, [mm * v for v in (20, 25, 22)], (10 * mm, 9 * mm, 8 * mm))
         fixed = ellipsoid((40, 50, 40), affine, [mm * v for v in (22, 22, 18)], (11 * mm, 9 * mm, 7 * mm))
-        start = start_of(moving, fixed, weights)
+        start = initial_transform_of(moving, fixed, weights)
         start[:3, 3] /= mm
         starts.append(start)
     assert torch.allclose(*starts, atol=1e-4)
@@ -266,7 +266,7 @@ def test_a_body_that_is_turned_over_is_seen_by_a_network_that_knows_the_way_and_
     knows = KnowsTheWay(back)
 
     def doubt(cube, *networks):
-        return wrong_way(networks, cube, mirror, torch.cat([network(cube).sigmoid() for network in networks]))
+        return orientation_check(networks, cube, mirror, torch.cat([network(cube).sigmoid() for network in networks]))
 
     assert doubt(cube, knows) < -3
     assert doubt(cube.flip(mirror), knows) == pytest.approx(doubt(cube, knows))
@@ -298,7 +298,7 @@ def test_an_image_without_a_gland_is_refused_by_name(weights):
     gland = ellipsoid((30, 30, 30), turned((1, 1, 1), 0.0), (15, 15, 15), (8, 8, 8))
     empty = MetaTensor(torch.linspace(0, 1e-3, 27000).view(1, 30, 30, 30) * 0 + 1, affine=gland.affine)
     with pytest.raises(InputError, match="the moving image: no prostate found"):
-        start_of(empty, gland, weights)
+        initial_transform_of(empty, gland, weights)
     with pytest.raises(InputError, match="mr.nii: no prostate found"):
         SegmentGlandsd(Bright(), weights)({"moving_image": empty, "fixed_image": gland, "moving_file": "mr.nii"})
 
@@ -414,7 +414,9 @@ def test_augmentation_moves_image_and_gland_alike(simulated):
 
 
 @pytest.mark.parametrize(("left_right", "front_back"), [(0, 1), (1, 0)])
-def test_the_wrong_way_is_upside_down_or_back_to_front_without_a_gland_and_never_another_mirror(left_right, front_back):
+def test_a_misoriented_cube_is_upside_down_or_back_to_front_and_never_another_mirror(
+    left_right, front_back
+):
     noise = MetaTensor(torch.rand((1, 9, 9, 9), generator=torch.Generator().manual_seed(0)), affine=torch.eye(4))
     pair = planned() | {"moving_image": noise, "fixed_image": noise}
     pair |= {f"{side}_label": (noise > 0.5).float() for side in ("moving", "fixed")}
@@ -422,12 +424,12 @@ def test_the_wrong_way_is_upside_down_or_back_to_front_without_a_gland_and_never
     assert right["label"].any()
     ways = [right["image"].flip([2 + axis for axis in axes]) for axes in ([2], [front_back], [2, front_back])]
     met = set()
-    for batch in GlandLoader([pair], 1, 30, "cpu", augmentation=0, left_right=left_right, wrong_way=1):
+    for batch in GlandLoader([pair], 1, 30, "cpu", augmentation=0, left_right=left_right, misoriented_share=1):
         (way,) = [i for i, way in enumerate(ways) if torch.allclose(way, batch["image"], atol=1e-5)]
         assert not batch["label"].any()
         met.add(way)
     assert met == {0, 1, 2}
-    some = GlandLoader([pair], 4, 40, "cpu", wrong_way=0.25)
+    some = GlandLoader([pair], 4, 40, "cpu", misoriented_share=0.25)
     assert 0.65 < np.mean([batch["label"].flatten(1).any(1).float().mean() for batch in some]) < 0.85
 
 

@@ -187,7 +187,7 @@ def test_the_same_anatomy_stored_in_other_axes_gives_the_same_working_grid():
         array = np.moveaxis(volume.get_fdata(), -1, 0)
         turned[key] = MetaTensor(torch.from_numpy(array.copy()).float(), affine=torch.from_numpy(volume.affine))
     a, b = OntoFixedGridd(0.8)(data), OntoFixedGridd(0.8)(turned)
-    for key in ("image", "moving_label", "fixed_label", "grid_affine", "start"):
+    for key in ("image", "moving_label", "fixed_label", "grid_affine", "initial_transform"):
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-4)
 
 
@@ -204,10 +204,10 @@ def test_the_image_is_moving_then_fixed_in_float32_and_labels_are_optional():
 def test_a_start_that_is_no_single_linear_3d_transform_is_refused(tmp_path):
     data = pair()
     with pytest.raises(InputError, match='none.tfm: not found; a start is "centre", "header"'):
-        OntoFixedGridd(start=str(tmp_path / "none.tfm"))(data)
+        OntoFixedGridd(initial_transform=str(tmp_path / "none.tfm"))(data)
     (tmp_path / "text.tfm").write_text("no transform")
     with pytest.raises(InputError, match="text.tfm: ITK cannot read this transform"):
-        OntoFixedGridd(start=str(tmp_path / "text.tfm"))(data)
+        OntoFixedGridd(initial_transform=str(tmp_path / "text.tfm"))(data)
     bad = {
         "bspline": (sitk.BSplineTransform(3, 3), "a BSplineTransform; expected linear"),
         "two_d": (sitk.Euler2DTransform(), "expected a 3-D transform, found 2-D"),
@@ -215,14 +215,14 @@ def test_a_start_that_is_no_single_linear_3d_transform_is_refused(tmp_path):
     for name, (transform, message) in bad.items():
         sitk.WriteTransform(transform, str(tmp_path / f"{name}.tfm"))
         with pytest.raises(InputError, match=f"{name}.tfm: {message}"):
-            OntoFixedGridd(start=str(tmp_path / f"{name}.tfm"))(data)
+            OntoFixedGridd(initial_transform=str(tmp_path / f"{name}.tfm"))(data)
 
 
 def test_a_translation_and_a_composite_of_linear_transforms_are_starts_as_well(tmp_path):
     rotation = sitk.Euler3DTransform((1, 2, 3), 0.1, -0.2, 0.3, (4, 5, 6))
     for transform in (sitk.TranslationTransform(3, (3, -2, 5)), sitk.CompositeTransform([rotation, rotation])):
         sitk.WriteTransform(transform, str(tmp_path / "start.tfm"))
-        matrix = OntoFixedGridd(start=str(tmp_path / "start.tfm"))(pair())["initial_transform"].numpy()
+        matrix = OntoFixedGridd(initial_transform=str(tmp_path / "start.tfm"))(pair())["initial_transform"].numpy()
         for point in np.random.default_rng(0).uniform(-50, 50, (5, 3)):
             lps = np.array(transform.TransformPoint(tuple(point * [-1, -1, 1])))
             np.testing.assert_allclose((matrix @ [*point, 1])[:3], lps * [-1, -1, 1], atol=1e-6)
@@ -260,7 +260,7 @@ def test_a_start_that_does_not_cover_the_fixed_image_is_refused(tmp_path):
     part = MetaTensor(data["fixed_image"].as_tensor()[..., :-4], affine=data["fixed_image"].affine)
     sitk.WriteTransform(as_field(centre_transform(data), part), str(tmp_path / "part.h5"))
     with pytest.raises(InputError, match=r"part.h5: covers \d\d % of the fixed image; a start must cover all"):
-        OntoFixedGridd(start=str(tmp_path / "part.h5"))(data)
+        OntoFixedGridd(initial_transform=str(tmp_path / "part.h5"))(data)
 
 
 # ---- the way back

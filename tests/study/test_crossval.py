@@ -254,7 +254,7 @@ def test_a_run_is_two_plain_commands_and_the_evaluation_knows_the_paper_s_networ
 def test_parts_of_a_variant_are_joined_in_their_order(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("alpha: 0.2\n")
-    names = [path.name for path in overlays_of(f"baseline+delta0+start+{mine}")]
+    names = [path.name for path in overlays_of(f"baseline+delta0+segmentation+{mine}")]
     assert names == ["variant_delta0.yaml", "segmentation.yaml", "mine.yaml"]
     assert name_of(f"delta0+{mine}") == "delta0+mine" and name_of("baseline") == "baseline"
 

@@ -238,7 +238,10 @@ def test_figures_and_flags_are_written_to_be_read():
         "–",
         "−∞",
     ]
-    assert flag("scales", [0, 0.5]) == "--scales '[0, 0.5]'" and flag("start", "centre") == "--initial_transform centre"
+    assert (
+        flag("scales", [0, 0.5]) == "--scales '[0, 0.5]'"
+        and flag("initial_transform", "centre") == "--initial_transform centre"
+    )
     configs = ROOT / "configs"
     mine = [
         configs / "baseline.yaml",
@@ -247,7 +250,7 @@ def test_figures_and_flags_are_written_to_be_read():
         Path("/x/mine.yaml"),
     ]
     assert typed("l2+mine", mine) == ("real_pairs_cpu", "l2+/x/mine.yaml")
-    assert typed("baseline", mine[:2]) == ("real_pairs_cpu", "baseline") and typed("start", []) == ("", "start")
+    assert typed("baseline", mine[:2]) == ("real_pairs_cpu", "baseline") and typed("fine_tune", []) == ("", "fine_tune")
     assert shlex.split(flag("patient_pattern", "(p.)_")) == ["--patient_pattern", "'(p.)_'"]  # Fire reads a string
 
 

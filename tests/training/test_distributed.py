@@ -13,8 +13,7 @@ from scripts.training.distributed import JointBatchNorm3d, join, with_joint_norm
 
 CONFIGS = [str(ROOT / "configs" / name) for name in ("train.json", "multi_gpu_train.json")]
 RATE = 1e-3
-SETTINGS = {k: v for k, v in QUICK.items() if k != "start"}  # which torchrun takes for an option of its own
-SETTINGS |= {"learning_rate": RATE}
+SETTINGS = QUICK | {"learning_rate": RATE}
 
 
 def test_two_processes_train_as_one_does_and_resume(cohort, tmp_path):

@@ -313,7 +313,7 @@ def bundle(overlay, cohort, folder, **settings):
     return workflow
 
 
-OVERLAYS = pytest.mark.parametrize("overlay", [(), ("segmentation.yaml",)], ids=["train", "start"])
+OVERLAYS = pytest.mark.parametrize("overlay", [(), ("segmentation.yaml",)], ids=["train", "segmentation"])
 
 
 @OVERLAYS
