@@ -3,11 +3,11 @@
 import locale
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from synthetic import content, write
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -31,10 +31,7 @@ def flags(settings: dict) -> list[str]:
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """`python -m …` in another process, from folder `cwd`; the bundle's own folder is on no path unless it is `cwd`."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=cwd, env=environment, capture_output=True, encoding="utf-8", timeout=300
-    )
+    return warm.run(*arguments, cwd=cwd)
 
 
 def logged(folder: Path) -> dict[str, dict[int, float]]:

@@ -414,9 +414,7 @@ def test_augmentation_moves_image_and_gland_alike(simulated):
 
 
 @pytest.mark.parametrize(("left_right", "front_back"), [(0, 1), (1, 0)])
-def test_a_misoriented_cube_is_upside_down_or_back_to_front_and_never_another_mirror(
-    left_right, front_back
-):
+def test_a_misoriented_cube_is_upside_down_or_back_to_front_and_never_another_mirror(left_right, front_back):
     noise = MetaTensor(torch.rand((1, 9, 9, 9), generator=torch.Generator().manual_seed(0)), affine=torch.eye(4))
     pair = planned() | {"moving_image": noise, "fixed_image": noise}
     pair |= {f"{side}_label": (noise > 0.5).float() for side in ("moving", "fixed")}
