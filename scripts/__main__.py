@@ -36,11 +36,10 @@ def register(
     warped_moving_label.nii.gz. ddf.nii.gz maps the original fixed world to the original moving world, in LPS mm, as ITK
     and ANTs read it: applied to the original moving image it gives the warped one. For other tools, --formats names
     any of: itk and slicer (ddf.h5), ants (ddf.nii.gz itself), niftyreg (niftyreg.nii.gz), elastix (transformix.txt),
-    dicom (registration.dcm and the series warped_moving_image/, if both images are DICOM series; needs
-    requirements-dicom.txt).
+    dicom (registration.dcm and the series warped_moving_image/, if both images are DICOM).
 
     Args:
-        moving: the MR, a NIfTI, MetaImage or NRRD file, or a folder with one DICOM series.
+        moving: the MR, a NIfTI, MetaImage, NRRD or DICOM file, or a folder with a DICOM series.
         fixed: the TRUS volume, likewise.
         output_dir: where to write; made if it does not exist.
         initial_transform: as the weights were trained: "learned" (the glands found in the two images coincide), which
@@ -50,7 +49,10 @@ def register(
         moving_labels: label file of the moving image, warped as well.
         fixed_labels: label file of the fixed image; with moving_labels, DSC and TRE are reported.
         overlay: a config with the settings other weights were trained with, for example configs/baseline.yaml.
-        settings: any setting of configs/inference.json, for example --ckpt_path FILE or --formats itk,niftyreg.
+        settings: any setting of configs/inference.json, for example --ckpt_path FILE or --formats itk,niftyreg. Of
+            images: --moving_spacing and --fixed_spacing '[x,y,z]', the voxel size in mm of one that states none;
+            --moving_series and --fixed_series, which of several volumes of a DICOM file or folder, by its number in
+            the list that the refusal shows, or by elements, for example EchoTime=100.
     """
     if "formats" in settings:  # a list for Fire, or text with commas
         settings["formats"] = names(settings["formats"])
@@ -71,6 +73,8 @@ def apply(
     points: str | None = None,
     points_from: str | None = None,
     coordinates: str | None = None,
+    moving_spacing: list[float] | None = None,
+    moving_series: str | None = None,
 ) -> None:
     """Warp images or labels by a registration, or take points to the other image. Research use only.
 
@@ -102,12 +106,14 @@ def apply(
         points: a .csv with the columns x, y, z in mm, or a .mrk.json of 3D Slicer.
         points_from: the image the points were marked in, "fixed" or "moving".
         coordinates: of a .csv, "RAS" or "LPS"; the result has the same. A .mrk.json says it itself.
+        moving_spacing, moving_series: of moving, as for register.
     """
     from scripts.registration.apply import apply
 
     paths = [None if path is None else str(path) for path in (output, moving, reference)]
     points = None if points is None else str(points)
-    apply(names(transform), *paths, label, interpolation, points, points_from, coordinates)
+    told = {"moving_spacing": moving_spacing, "moving_series": moving_series}
+    apply(names(transform), *paths, label, interpolation, points, points_from, coordinates, **told)
 
 
 def invert(transform: str | list[str], reference: str, output: str) -> None:
@@ -137,6 +143,10 @@ def check(
     labels: bool = True,
     patient_pattern: str | None = None,
     num_workers: int | None = None,
+    moving_spacing: list[float] | None = None,
+    fixed_spacing: list[float] | None = None,
+    moving_series: str | None = None,
+    fixed_series: str | None = None,
 ) -> None:
     """Check a whole data set before training, by the gate that training, evaluation and registration use.
 
@@ -153,10 +163,18 @@ def check(
         patient_pattern: regular expression whose first group, in the case name, is the patient; with it, a patient in
             two splits is refused.
         num_workers: processes that read; the default is one per core, 8 at most.
+        moving_spacing, fixed_spacing: voxel size '[x,y,z]' in mm of images that state none, as for register.
+        moving_series, fixed_series: which of several volumes of a DICOM file or folder, as for register.
     """
     from scripts.data.gate import check_dataset
 
-    if check_dataset(str(dataset_dir), label_values, labels, patient_pattern, num_workers):
+    options = {
+        "moving_spacing": moving_spacing,
+        "fixed_spacing": fixed_spacing,
+        "moving_series": moving_series,
+        "fixed_series": fixed_series,
+    }
+    if check_dataset(str(dataset_dir), label_values, labels, patient_pattern, num_workers, **options):
         sys.exit(1)
 
 

@@ -110,6 +110,27 @@ def check_geometry(path: str | Path, shape: tuple[int, ...], affine: np.ndarray)
         raise InputError(f"{path}: the affine in the header is singular; its axes do not span a volume")
 
 
+def voxel_size(option: str, given: float | Sequence[float] | None) -> np.ndarray | None:
+    """A voxel size that the user gives for files that state none, shape (3,), mm; None stays None.
+
+    Args:
+        option: its name.
+        given: (x, y, z), or one number for all three.
+
+    Raises:
+        InputError: it is none.
+    """
+    if given is None:
+        return None
+    try:
+        size = np.array(given, dtype=float)
+    except (TypeError, ValueError):
+        size = np.empty(0)
+    if size.shape not in ((), (3,)) or not (np.isfinite(size) & (size > 0)).all():
+        raise InputError(f"{option} {given}: expected three positive numbers, the voxel size '[x,y,z]' in mm")
+    return np.broadcast_to(size, 3)
+
+
 def check_size(path: str | Path, shape: Sequence[int]) -> None:
     """Refuse a volume that would fill the memory; `shape` is its voxels along x, y, z.
 

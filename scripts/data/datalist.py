@@ -2,7 +2,8 @@
 
 A data set is a folder with four sub-folders of equal file names, split into train/val/test sub-folders or not, or a
 MONAI datalist JSON. Each item of the datalist is a dictionary of paths: `case`, `patient`, `moving_image`,
-`fixed_image`, where there are labels `moving_label`, `fixed_label`, and for phantoms `true_ddf`.
+`fixed_image`, where there are labels `moving_label`, `fixed_label`, and for phantoms `true_ddf`; of a JSON also what
+`OPTIONS` names.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ FOLDERS = (  # (moving_image, fixed_image, moving_label, fixed_label)
 KEYS = ("moving_image", "fixed_image", "moving_label", "fixed_label")
 IMAGES, LABELS = KEYS[:2], KEYS[2:]
 TRUTH = "true_ddf"  # folder and key of the true displacement, which phantoms have
-SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr")
+OPTIONS = ("moving_spacing", "fixed_spacing", "moving_series", "fixed_series")  # see `scripts.data.pairs.LoadPaird`
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".dicom", ".ima")
 # images that a registration leaves
 RESULTS = ("warped_moving_image.nii.gz", "warped_moving_label.nii.gz", "ddf.nii.gz")
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
@@ -99,6 +101,7 @@ def _pairs_in_json(path: Path, labels: bool) -> dict[str, list[dict[str, str]]]:
             if absent:
                 raise InputError(f"{absent}: named in {path} but not found")
             pair["case"] = str(item.get("case", case_name(pair["fixed_image"])))
+            pair |= {k: item[k] for k in OPTIONS if k in item}
             if "patient" in item:
                 pair["patient"] = str(item["patient"])
             if pair["case"] in (p["case"] for p in splits.get(split, [])):

@@ -3,7 +3,7 @@
 The object, a Deformable Spatial Registration (PS3.3 A.39.2), samples the source frame of reference, the moving series',
 into its own, the fixed series': a point of the fixed frame plus the grid's vector is the point of the moving frame
 (C.20.3.1.1), so the field goes in as it is. The series, of derived MR images (A.4), lies in the fixed frame. Both join
-the study of the fixed series. Needs pydicom, see requirements-dicom.txt.
+the study of the fixed series.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from scripts.data.checks import InputError
+from scripts.data.dicom import is_dicom, read_headers
+from scripts.data.dicom_frames import pydicom
 from scripts.data.lps import itk_grid
 
 DEFORMABLE_SPATIAL_REGISTRATION = "1.2.840.10008.5.1.4.1.1.66.3"
@@ -36,38 +38,22 @@ ACQUISITION = {  # what an MR image must have, and what stands in where the movi
 LOSSY = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")  # once so, always so
 
 
-def _pydicom() -> Any:
-    try:
-        import pydicom
-    except ImportError as error:
-        raise InputError("pydicom is not installed: pip install -r requirements-dicom.txt") from error
-    return pydicom
-
-
-def read_series(folder: str | Path) -> list[Any]:
-    """The headers of the one DICOM series in a folder, a data set per file, without pixels.
+def read_series(path: str | Path) -> list[Any]:
+    """The headers of the one DICOM series of a folder or file, a data set per file, without pixels.
 
     Raises:
-        InputError: no pydicom; not a folder of DICOM files; more than one series, or no single frame of reference.
+        InputError: not DICOM; more than one series, or no single frame of reference.
     """
-    pydicom = _pydicom()
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder}: format dicom needs a folder with one DICOM series; choose other --formats")
-    headers = []
-    for path in sorted(p for p in Path(folder).iterdir() if p.is_file() and not p.name.startswith(".")):
-        try:
-            header = pydicom.dcmread(path, stop_before_pixels=True)
-        except pydicom.errors.InvalidDicomError:
-            continue
-        if "SeriesInstanceUID" in header:  # a DICOMDIR has none
-            headers.append(header)
-    if not headers:
-        raise InputError(f"{folder}: format dicom needs a folder with one DICOM series; no DICOM image found there")
+    if not is_dicom(path):
+        raise InputError(
+            f"{path}: format dicom needs a DICOM file or a folder with one DICOM series; choose other --formats"
+        )
+    headers = [header for _, header in read_headers(path)]
     for name in ("SeriesInstanceUID", "FrameOfReferenceUID"):
         found = {str(header.get(name, "")) for header in headers}
         if len(found) > 1 or not all(found):
             count = len(found) if all(found) else "no"
-            raise InputError(f"{folder}: {count} {name} in its files; format dicom needs exactly one")
+            raise InputError(f"{path}: {count} {name} in its files; format dicom needs exactly one")
     return headers
 
 
@@ -92,7 +78,7 @@ def save_dicom(path: Path, displacement: np.ndarray, affine: np.ndarray, moving:
     Args:
         displacement: shape (3, X, Y, Z), RAS mm, fixed -> moving.
         affine: voxel -> RAS mm of its grid, shape (4, 4).
-        moving, fixed: the folders of the two series.
+        moving, fixed: the two series, folders or files.
     """
     series = check_pair(moving, fixed)
     registration = {
@@ -126,7 +112,7 @@ def save_warped_series(
     Args:
         volume: shape (X, Y, Z); a slice is along x and y.
         affine: voxel -> RAS mm, shape (4, 4).
-        moving, fixed: the folders of the two series.
+        moving, fixed: the two series, folders or files.
     """
     (source, *_), (reference, *_) = check_pair(moving, fixed)
     low, high = min(0.0, np.floor(volume.min())), float(volume.max())
@@ -175,7 +161,7 @@ def save_warped_series(
 
 def _shared(reference: Any) -> dict[str, Any]:
     """What every file of a new series in the study and the frame of reference of `reference` has."""
-    pydicom, now = _pydicom(), datetime.now()
+    now = datetime.now()
     stamped = {
         f"{kind}{unit}": now.strftime(form)
         for kind in ("InstanceCreation", "Series", "Content")
@@ -184,21 +170,20 @@ def _shared(reference: Any) -> dict[str, Any]:
     identity = {name: reference.get(name, "") for name in (*PATIENT, *STUDY)}
     return identity | stamped | {
         "SpecificCharacterSet": reference.get("SpecificCharacterSet", "ISO_IR 192"),
-        "SeriesInstanceUID": pydicom.uid.generate_uid(),
+        "SeriesInstanceUID": pydicom().uid.generate_uid(),
         "FrameOfReferenceUID": reference.FrameOfReferenceUID,
         "PositionReferenceIndicator": reference.get("PositionReferenceIndicator", ""),
         "BodyPartExamined": "PROSTATE",
         "Manufacturer": "Research software",
         "ManufacturerModelName": "MR-TRUS registration",
-        "SoftwareVersions": f"pydicom {pydicom.__version__}",
+        "SoftwareVersions": f"pydicom {pydicom().__version__}",
     }  # fmt: skip
 
 
 def _save(path: Path, sop_class: str, elements: Mapping[str, Any]) -> None:
-    pydicom = _pydicom()
-    content = _dataset({**elements, "SOPClassUID": sop_class, "SOPInstanceUID": pydicom.uid.generate_uid()})
-    content.file_meta = pydicom.dataset.FileMetaDataset()
-    content.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    content = _dataset({**elements, "SOPClassUID": sop_class, "SOPInstanceUID": pydicom().uid.generate_uid()})
+    content.file_meta = pydicom().dataset.FileMetaDataset()
+    content.file_meta.TransferSyntaxUID = pydicom().uid.ExplicitVRLittleEndian
     content.save_as(path, enforce_file_format=True)
 
 
@@ -207,7 +192,7 @@ def _code(code: tuple[str, str, str]) -> Any:
 
 
 def _dataset(elements: Mapping[str, Any]) -> Any:
-    dataset = _pydicom().dataset.Dataset()
+    dataset = pydicom().dataset.Dataset()
     for name, value in elements.items():
         setattr(dataset, name, value)
     return dataset
@@ -232,7 +217,7 @@ def _grid(displacement: np.ndarray, affine: np.ndarray) -> Any:
 
 def _decimal(value: float) -> str:
     """A number as DICOM's decimal string has it, 16 characters at most."""
-    return _pydicom().valuerep.format_number_as_ds(float(value))
+    return pydicom().valuerep.format_number_as_ds(float(value))
 
 
 def _instances(headers: list[Any]) -> list[Any]:

@@ -86,11 +86,11 @@ class Findings(Dataset):
 
     Args:
         pairs: of a datalist.
-        label_values: see `scripts.data.pairs.LoadPaird`.
+        label_values, options: see `scripts.data.pairs.LoadPaird`.
     """
 
-    def __init__(self, pairs: Sequence[dict[str, str]], label_values: Sequence[int] | None = None) -> None:
-        self.pairs, self.load = pairs, LoadPaird(label_values)
+    def __init__(self, pairs: Sequence[dict[str, str]], label_values: Sequence[int] | None = None, **options) -> None:
+        self.pairs, self.load = pairs, LoadPaird(label_values, **options)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -112,11 +112,13 @@ def check_dataset(
     labels: bool = True,
     patient_pattern: str | None = None,
     num_workers: int | None = None,
+    **options,
 ) -> int:
     """Load every pair of a data set as training does and print what the gate says; see the `check` verb.
 
     Args:
         num_workers: processes that read; None for as many as there are cores, 8 at most.
+        options: of `scripts.data.pairs.LoadPaird`.
 
     Returns:
         The number of pairs that are refused.
@@ -130,9 +132,8 @@ def check_dataset(
             found.setdefault((pair["moving_image"], pair["fixed_image"]), (split, pair))
     splits, pairs = zip(*found.values(), strict=True)
     workers = min(8, os.cpu_count() or 1, len(pairs)) if num_workers is None else num_workers
-    findings = DataLoader(
-        Findings(pairs, label_values), batch_size=None, num_workers=workers, worker_init_fn=leave_interrupts
-    )
+    gated = Findings(pairs, label_values, **options)
+    findings = DataLoader(gated, batch_size=None, num_workers=workers, worker_init_fn=leave_interrupts)
     rows, refused, repaired = [], 0, 0
     for split, pair, (why, repairs) in zip(splits, pairs, tqdm(findings, desc="Checking", unit="pair"), strict=True):
         refused += why is not None

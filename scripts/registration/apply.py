@@ -21,6 +21,7 @@ from tqdm import tqdm
 from scripts.data import checks
 from scripts.data.checks import InputError
 from scripts.data.datalist import image_files
+from scripts.data.dicom import holds_slices
 from scripts.data.files import written_together
 from scripts.data.formats import Displacement, Step, forward, read_transform
 from scripts.data.points import read_points
@@ -169,6 +170,8 @@ def apply_to_images(
     output: str,
     label: bool,
     interpolation: str,
+    moving_spacing: float | Sequence[float] | None = None,
+    moving_series: str | int | None = None,
 ) -> None:
     """Warp one image, or every image of a folder; see the `apply` verb.
 
@@ -178,7 +181,7 @@ def apply_to_images(
     affine, size = grid_of(steps, reference)
 
     def one(source: str | Path, target: Path) -> None:
-        volume = load_volume(str(source))
+        volume = load_volume(str(source), moving_spacing, moving_series, "moving")
         checks.check_finite(source, volume.numpy())
         if label:
             warped = warp_label(source, steps, volume, affine, size)
@@ -188,7 +191,7 @@ def apply_to_images(
         with written_together(target.parent) as partial:
             save_volume(partial / target.name, warped, affine.numpy(), dtype=warped.dtype.type)
 
-    files = image_files(Path(moving)) if Path(moving).is_dir() else {}
+    files = image_files(Path(moving)) if Path(moving).is_dir() and not holds_slices(moving) else {}
     if not files:  # one file, or a folder with one DICOM series
         if not output.lower().endswith((".nii", ".nii.gz")):
             raise InputError(f"{output}: the image is written as NIfTI; choose a name that ends in .nii.gz")
@@ -256,6 +259,8 @@ def apply(
     points: str | None = None,
     points_from: str | None = None,
     coordinates: str | None = None,
+    moving_spacing: float | Sequence[float] | None = None,
+    moving_series: str | int | None = None,
 ) -> None:
     """Check what was asked for, then warp images or take points to the other image; see the `apply` verb.
 
@@ -270,7 +275,9 @@ def apply(
     if points is not None:
         apply_to_points(steps, points, points_from, coordinates, output)
     else:
-        apply_to_images(steps, moving, reference, output, label, interpolation or "linear")
+        apply_to_images(
+            steps, moving, reference, output, label, interpolation or "linear", moving_spacing, moving_series
+        )
     print(NOTICE)
 
 
@@ -283,7 +290,8 @@ def _check_settings(given: dict[str, Any]) -> None:
                 f"points_from {given['points_from']}: say which image the points were marked in, --points_from fixed or"
                 " --points_from moving"
             )
-        idle = [name for name in ("reference", "label", "interpolation") if given[name]]
+        idle = ("reference", "label", "interpolation", "moving_spacing", "moving_series")
+        idle = [name for name in idle if given[name]]
     else:
         idle = [name for name in ("points_from", "coordinates") if given[name] is not None]
         if given["label"] and given["interpolation"]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from scripts.bundle.workflow import absolute, run_config
 from scripts.data.checks import InputError, check_case_name, sha256
-from scripts.data.datalist import KEYS, datalist
+from scripts.data.datalist import KEYS, OPTIONS, datalist
 from scripts.data.files import written_whole
 from scripts.data.formats import read_transform
 from scripts.data.pairs import LoadPaird
@@ -93,7 +93,7 @@ def example_cases(
     for _, _, run, overlays, folder, wanted in tqdm(todo, "Registering", unit="case", disable=not todo):
         register_case(wanted, run, overlays, folder)
     for name, case, *_, folder, wanted in jobs:
-        found[name] = cases[case], read_example(folder, wanted["pair"], wanted["settings"].get("label_values"))
+        found[name] = cases[case], read_example(folder, wanted["pair"], wanted["settings"])
     return found
 
 
@@ -166,9 +166,10 @@ def quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def read_example(folder: Path, case: Mapping[str, Any], label_values: Sequence[int] | None) -> Example:
+def read_example(folder: Path, case: Mapping[str, Any], settings: Mapping[str, Any]) -> Example:
     """What is drawn of a registration that `register_case` kept, `case` the files of its pair."""
-    pair = LoadPaird(label_values)({key: case[key] for key in KEYS})
+    load = LoadPaird(**{name: settings[name] for name in ("label_values", *OPTIONS) if name in settings})
+    pair = load({key: case[key] for key in (*KEYS, *OPTIONS) if key in case})
     affine = pair["fixed_image"].affine.double()
     reorient = Orientation(axcodes="RAS", labels=None)
 

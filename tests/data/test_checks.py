@@ -175,7 +175,7 @@ def test_a_folder_without_a_series_or_with_two_or_a_gap_is_refused(files, tmp_pa
     files["moving_image"] = str(tmp_path / "series")
     folder = Path(files["moving_image"])
     folder.mkdir()
-    refused(files, "moving_image", "cannot be read as an image")
+    refused(files, "moving_image", "no DICOM image in this folder")
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
 
