@@ -140,6 +140,65 @@ def write_series(folder, volume: np.ndarray, affine: np.ndarray, modality: str =
     return folder
 
 
+def multi_frame(volume: np.ndarray, affine: np.ndarray, modality: str = "MR", order=None, **elements) -> Dataset:
+    """A multi-frame data set, see `write_series`: enhanced MR, every frame with its place; plain US, without any.
+
+    Args:
+        order: of the frames; along the third axis of `volume` by default.
+    """
+    lps = np.diag([-1.0, -1.0, 1.0]) @ affine[:3]
+    spacing = np.linalg.norm(lps[:, :3], axis=0)
+    order = range(volume.shape[2]) if order is None else order
+    data = Dataset()
+    data.SOPClassUID = {
+        "MR": pydicom.uid.EnhancedMRImageStorage,
+        "US": pydicom.uid.UltrasoundMultiFrameImageStorage,
+    }[modality]
+    data.Modality = modality
+    for name in ("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID"):
+        setattr(data, name, pydicom.uid.generate_uid())
+    data.PatientID, data.PatientName, data.SeriesDescription = "P7", "Doe^J", f"{modality} phantom"
+    data.Columns, data.Rows = volume.shape[:2]
+    data.NumberOfFrames = len(order)
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
+    data.PixelData = np.stack([volume[:, :, k].T.round() for k in order]).astype("<i2").tobytes()
+    if modality == "MR":
+        shared = functional(PlaneOrientationSequence={"ImageOrientationPatient": decimals(lps[:, :2] / spacing[:2])})
+        shared.update(functional(PixelMeasuresSequence={"PixelSpacing": [f"{v:.9f}" for v in spacing[1::-1]]}))
+        data.SharedFunctionalGroupsSequence = [shared]
+        data.PerFrameFunctionalGroupsSequence = [
+            functional(PlanePositionSequence={"ImagePositionPatient": decimals(lps @ [0, 0, k, 1])}) for k in order
+        ]
+    for name, value in elements.items():
+        setattr(data, name, value)
+    return data
+
+
+def functional(**groups) -> Dataset:
+    """Functional groups: the name of each and its elements."""
+    found = Dataset()
+    for name, elements in groups.items():
+        item = Dataset()
+        for keyword, value in elements.items():
+            setattr(item, keyword, value)
+        setattr(found, name, [item])
+    return found
+
+
+def decimals(values) -> list[str]:
+    """Numbers as DICOM's decimal strings; of a matrix, column by column."""
+    return [f"{v:.9f}" for v in np.asarray(values, float).T.ravel()]
+
+
+def write_dicom(path, data: Dataset, syntax=pydicom.uid.ExplicitVRLittleEndian) -> str:
+    """A data set as a DICOM file; its path is returned."""
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = syntax
+    data.save_as(path, enforce_file_format=True)
+    return str(path)
+
+
 def write_dicom_pair(folder):
     """A phantom's MR and TRUS as the DICOM series `folder`/mr and `folder`/trus: oblique, anisotropic, two worlds."""
     pair = simulate_pair(np.random.default_rng(4), (56, 52, 48), (1.3, 1.1, 1.5), (56, 58, 30), (1.3, 1.4, 2.8))

@@ -56,8 +56,8 @@ def read_headers(path: str | Path) -> list[tuple[Path, Any]]:
 
 def _headers(path: Path) -> list[tuple[Path, Any]]:
     found = []
-    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")) if path.is_dir() else [path]
-    for file in files:
+    files = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")] if path.is_dir() else [path]
+    for file in sorted(files, key=lambda p: (len(p.name), p.name)):  # a copy, "IM1 (1)", after "IM1"
         if not is_dicom(file):
             continue
         try:
@@ -110,6 +110,14 @@ def read(
     checks.check_size(path, (*frames[0].shape, len(frames)))
     volume = np.stack([image.T for image in decode(path, frames)], axis=-1)
     return volume[None], affine
+
+
+def read_frames(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Grey levels of a file's frames in its order, (frame, row, column), float32, and its `pixel_size`."""
+    ((file, header),) = read_headers(path)
+    frames = frames_of(file, header)
+    checks.check_size(path, (*frames[0].shape, len(frames)))
+    return np.stack(decode(path, frames)), pixel_size(frames[0], path)
 
 
 def grid(

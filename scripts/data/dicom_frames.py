@@ -126,7 +126,7 @@ def frames_of(path: Path, header: Any) -> list[Frame]:
             position, axes = (find(header, index, *where) for where in IN_VOLUME)
         if several and index:
             position = None
-        frames.append(Frame(path, header, index, _vector(path, position, 3), _axes(path, axes), own))
+        frames.append(Frame(path, header, index, _vector(path, "image position", position, 3), _axes(path, axes), own))
     return frames
 
 
@@ -155,7 +155,7 @@ def as_text(value: Any) -> str:
     return str(value).strip() or "none"
 
 
-def _vector(path: Path, value: Any, count: int) -> np.ndarray | None:
+def _vector(path: Path, name: str, value: Any, count: int) -> np.ndarray | None:
     """Numbers of an element, shape (count,); None stays None."""
     if value is None:
         return None
@@ -164,19 +164,19 @@ def _vector(path: Path, value: Any, count: int) -> np.ndarray | None:
     except (TypeError, ValueError):
         numbers = np.empty(0)
     if numbers.shape != (count,) or not np.isfinite(numbers).all():
-        raise InputError(f"{path}: {as_text(value)} in the header; expected {count} numbers")
+        raise InputError(f"{path}: {name} {as_text(value)} in the header; expected {count} numbers")
     return numbers
 
 
 def _axes(path: Path, value: Any) -> np.ndarray | None:
     """The two unit vectors of an orientation."""
-    numbers = _vector(path, value, 6)
+    numbers = _vector(path, "image orientation", value, 6)
     if numbers is None:
         return None
     axes = numbers.reshape(2, 3)
     lengths = np.linalg.norm(axes, axis=1)
     if np.abs(lengths - 1).max() > 0.01:
-        raise InputError(f"{path}: ImageOrientationPatient {as_text(value)} in the header; expected two unit vectors")
+        raise InputError(f"{path}: image orientation {as_text(value)} in the header; expected two unit vectors")
     return axes / lengths[:, None]
 
 
@@ -238,7 +238,7 @@ def of_eigen(frame: Frame) -> bool:
 
 def _positive(frame: Frame, name: str, stated: Any) -> np.ndarray | None:
     """Between rows and between columns, as DICOM states it, turned round; None stays None."""
-    size = _vector(frame.path, stated, 2)
+    size = _vector(frame.path, name, stated, 2)
     if size is not None and (size <= 0).any():
         raise InputError(f"{frame.path}: voxel size {by(size)} mm in {name}; it must be positive")
     return None if size is None else size[::-1]

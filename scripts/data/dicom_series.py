@@ -246,27 +246,27 @@ def _listed(volumes: Sequence[Volume]) -> str:
         title = frames[0].text("SeriesDescription")
         says = [f"{name}={value}" if value else name for name, value in labels.items()]
         says += [title] * (len(series) > 1 and title != "none")
-        rows.append(f"{k}: {', '.join([*says, f'{len(frames)} images'])}")
-    what = (
-        f"{len(series)} DICOM series in one folder"
-        if len(series) > 1
-        else f"{len(volumes)} volume{'s' * (len(volumes) > 1)}"
-    )
+        rows.append(f"{k}: {', '.join([*says, _count(frames, 'image')])}")
+    what = f"{len(series)} DICOM series in one folder" if len(series) > 1 else _count(volumes, "volume")
     return f"{what} ({'; '.join(rows)}{'; …' * (len(volumes) > SHOWN)})"
+
+
+def _count(things: Sequence[Any], name: str) -> str:
+    return f"{len(things)} {name}" + "s" * (len(things) != 1)
 
 
 def _chosen(path: str | Path, volumes: list[Volume], chosen: str, option: str) -> list[Volume]:
     """The volume of a number, or those whose frames have the given elements."""
     if chosen.isdecimal():
         if not 1 <= int(chosen) <= len(volumes):
-            raise InputError(f"{path}: {option} is {chosen}, but there is {_listed(volumes)}")
+            raise InputError(f"{path}: {option} is {chosen}; found {_listed(volumes)}")
         return [volumes[int(chosen) - 1]]
     wanted = [[text.strip() for text in part.partition("=")[::2]] for part in chosen.split(",")]
     if not all(name and value for name, value in wanted):
         raise InputError(f"{option} {chosen}: expected a number, or NAME=VALUE of DICOM elements, separated by commas")
     found = [volume for volume in volumes if all(_says(volume, name, value) for name, value in wanted)]
     if not found:
-        raise InputError(f"{path}: none is {option} {chosen}; there is {_listed(volumes)}")
+        raise InputError(f"{path}: none is {option} {chosen}; found {_listed(volumes)}")
     return found
 
 

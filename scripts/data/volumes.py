@@ -69,7 +69,7 @@ def load_volume(
         why = reason[-1].strip() if reason else repr(error)
         raise InputError(f"{path}: cannot be read as an image: {why}") from error
     if series is not None and not is_dicom:
-        array = _chosen(path, array, series, f"{side}_series" if side else "series")
+        array = _chosen(path, array, series, f"--{side}_series" if side else "the series")
     affine = affine if size is None else _resized(path, affine, size)
     checks.check_geometry(path, array.shape[1:], affine)
     affine = checks.orthonormal(path, array.shape[1:], affine)
@@ -98,14 +98,17 @@ def _chosen(path: str, array: np.ndarray, series: str | int, option: str) -> np.
 
 
 def _resized(path: str, affine: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """An affine with another voxel size, mm, said where the file states one; the first voxel stays."""
+    """An affine with another voxel size, mm, which is said; the first voxel stays."""
     stated = np.linalg.norm(affine[:3, :3], axis=0)
     if np.allclose(stated, size, rtol=1e-3):
         return affine
-    checks.repaired(path, f"voxel size {by(stated)} mm of its header replaced by the {by(size)} mm that is given")
-    resized = affine.copy()
-    resized[:3, :3] *= size / stated
-    return resized
+    checks.repaired(path, f"voxel size {by(stated)} mm replaced by the {by(size)} mm that is given")
+    return _scaled(affine, size / stated)
+
+
+def _scaled(affine: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """An affine whose voxels are larger by a factor along each axis; the first voxel stays."""
+    return affine @ np.diag([*by, 1.0])
 
 
 def _read_nifti(path: str, voxel: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -196,7 +199,8 @@ def _read_by_itk(path: str, voxel: np.ndarray | None = None, side: str | None = 
     checks.check_size(path, [header.GetDimensions(axis) for axis in axes])
     if path.lower().endswith((".mha", ".mhd")):
         _check_metaimage(Path(path))
-    if voxel is None and not _states_size(Path(path)):
+    sized = _states_size(Path(path))
+    if voxel is None and not sized:
         option = f"by --{side}_spacing '[x,y,z]', in mm" if side else "in its header"
         raise InputError(f"{path}: nothing says how large a voxel is; state the voxel size {option}")
     reader = ITKReader()
@@ -206,7 +210,10 @@ def _read_by_itk(path: str, voxel: np.ndarray | None = None, side: str | None = 
     if uneven > 0.1 * min(image.GetSpacing()):
         raise InputError(f"{path}: slices are unevenly spaced, by up to {uneven:.2f} mm; is one missing?")
     volume = EnsureChannelFirst()(MetaTensor.ensure_torch_and_prune_meta(*reader.get_data(image)))
-    return volume.numpy().astype(np.float32), volume.affine.numpy()
+    affine = volume.affine.numpy()
+    if not sized:
+        affine = _scaled(affine, voxel / np.linalg.norm(affine[:3, :3], axis=0))
+    return volume.numpy().astype(np.float32), affine
 
 
 def _states_size(path: Path) -> bool:

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripts.data import checks
+from scripts.data import checks, dicom
 from scripts.data.checks import InputError
+from scripts.data.colour import grey
 from scripts.network import fields
 
 MAX_GAP = 5.0  # degrees; see `reconstruct`
-LUMINANCE = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
 STACKS = (".dcm", ".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".npy")
 TOLERANCE = 1e-6  # of a degree or a pixel: keeps the voxels that lie on the sweep's own faces
 
@@ -235,16 +235,11 @@ def read_frames(
     return Sweep(frames, recorded, spacing)
 
 
-def _grey(array: np.ndarray) -> np.ndarray:
-    """Colour channels on the last axis -> grey levels; see `read_frames`."""
-    colour = array[..., :3]
-    if array.shape[-1] < 3 or (colour == colour[..., :1]).all():
-        return array[..., 0]
-    return colour @ np.array(LUMINANCE, dtype=np.float32)
-
-
 def _read_image(path: Path) -> tuple[np.ndarray, tuple[float, float] | None]:
-    """Grey levels, shape (..., row, column), and pixel spacing (row, column) in mm of whatever ITK reads."""
+    """Grey levels, shape (..., row, column), and pixel spacing (row, column) in mm of DICOM or whatever ITK reads."""
+    if dicom.is_dicom(path):
+        array, size = dicom.read_frames(path)
+        return array, None if size is None or (size == 1).all() else (float(size[1]), float(size[0]))
     import itk  # slow to import, and a .npy needs none
 
     try:
@@ -253,7 +248,7 @@ def _read_image(path: Path) -> tuple[np.ndarray, tuple[float, float] | None]:
     except Exception as error:  # whatever a reader raises on a damaged file is one thing to the user
         raise InputError(f"{path}: cannot be read as an image; expected one of {', '.join(STACKS)}") from error
     if image.GetNumberOfComponentsPerPixel() > 1:
-        array = _grey(array)
+        array, _ = grey(array)
     column, row = (float(s) for s in list(image.GetSpacing())[:2])
     return array, None if row == column == 1 else (row, column)
 
@@ -265,7 +260,7 @@ def _read_npy(path: Path) -> np.ndarray:
         raise InputError(f"{path}: cannot be read as a NumPy array of numbers") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
         raise InputError(f"{path}: expected one array of real numbers")
-    return _grey(array) if array.ndim == 4 and array.shape[-1] in (1, 2, 3, 4) else array
+    return grey(array)[0] if array.ndim == 4 and array.shape[-1] in (1, 2, 3, 4) else array
 
 
 def _read_folder(folder: Path) -> tuple[np.ndarray, list[str]]:
