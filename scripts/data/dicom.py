@@ -13,7 +13,17 @@ import numpy as np
 
 from scripts.data import checks
 from scripts.data.checks import InputError
-from scripts.data.dicom_frames import Frame, as_text, by, frame_distance, frames_of, of_eigen, pixel_size, pydicom
+from scripts.data.dicom_frames import (
+    Frame,
+    as_text,
+    by,
+    frame_count,
+    frame_distance,
+    frames_of,
+    of_eigen,
+    pixel_size,
+    pydicom,
+)
 from scripts.data.dicom_pixels import decode, first_line
 from scripts.data.dicom_segmentation import SEGMENTATIONS, read_segments
 from scripts.data.dicom_series import PLACES, called, numbers, one_volume, places_of
@@ -27,17 +37,18 @@ def is_dicom(path: str | Path) -> bool:
     path = Path(path)
     if path.is_dir() or path.name.lower().endswith(SUFFIXES):
         return True
-    if not path.is_file():
+    try:
+        with path.open("rb") as file:
+            start = file.read(132)
+    except OSError:  # who reads it says why
         return False
-    with path.open("rb") as file:
-        start = file.read(132)
     bare = start[:2] in (b"\x02\0", b"\x08\0") and start[3:4] == b"\0"  # old files begin with their first element
     return start[128:] == b"DICM" or bare
 
 
 def holds_slices(folder: str | Path) -> bool:
     """Whether a folder holds the slices of a series, a file each, rather than files of a volume each."""
-    return any(int(header.get("NumberOfFrames") or 1) == 1 for _, header in _headers(Path(folder)))
+    return any(frame_count(header) == 1 for _, header in _headers(Path(folder)))
 
 
 def read_headers(path: str | Path) -> list[tuple[Path, Any]]:
@@ -62,7 +73,7 @@ def _headers(path: Path) -> list[tuple[Path, Any]]:
             continue
         try:
             header = pydicom().dcmread(file, stop_before_pixels=True, force=True)
-            kind = header.get("SOPClassUID") or header.get("file_meta", {}).get("MediaStorageSOPClassUID")
+            kind = header.get("SOPClassUID") or getattr(header, "file_meta", {}).get("MediaStorageSOPClassUID")
             image = bool(header.get("Rows") and header.get("Columns"))
         except Exception as error:  # pydicom raises many kinds
             raise InputError(f"{file}: cannot be read as an image: {first_line(error)}") from error

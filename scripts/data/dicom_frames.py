@@ -111,7 +111,7 @@ def frames_of(path: Path, header: Any) -> list[Frame]:
     Raises:
         InputError: a count of frames that the file contradicts; positions or directions that are none.
     """
-    count = int(header.get("NumberOfFrames") or 1)
+    count = frame_count(header)
     groups = header.get("PerFrameFunctionalGroupsSequence")
     if count < 1 or (groups and len(groups) != count):
         raise InputError(f"{path}: NumberOfFrames is {count}, but {len(groups or ())} frames are described")
@@ -128,6 +128,11 @@ def frames_of(path: Path, header: Any) -> list[Frame]:
             position = None
         frames.append(Frame(path, header, index, _vector(path, "image position", position, 3), _axes(path, axes), own))
     return frames
+
+
+def frame_count(header: Any) -> int:
+    """How many frames a file has; one that does not say so has one."""
+    return int(header.get("NumberOfFrames") or 1)
 
 
 def find(header: Any, index: int, keyword: str, group: str | None = None) -> Any:

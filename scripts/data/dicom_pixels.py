@@ -12,7 +12,7 @@ import numpy as np
 from scripts.data import checks
 from scripts.data.checks import InputError
 from scripts.data.colour import grey
-from scripts.data.dicom_frames import Frame, pydicom
+from scripts.data.dicom_frames import Frame, frame_count, pydicom
 
 
 def decode(path: str | Path, frames: Sequence[Frame]) -> list[np.ndarray]:
@@ -62,7 +62,7 @@ def stored(frames: Sequence[Frame]) -> list[np.ndarray]:
 def _read(file: Path, header: Any, index: int | None) -> np.ndarray:
     """Stored values of a file, shape (frames, rows, columns), colours last; of one frame unless `index` is None."""
     dicom = pydicom()
-    syntax = header.get("file_meta", {}).get("TransferSyntaxUID")
+    syntax = getattr(header, "file_meta", {}).get("TransferSyntaxUID")
     try:
         if syntax is None:  # files of before 2001 do not say how they are encoded
             source = dicom.dcmread(file, force=True)
@@ -72,7 +72,7 @@ def _read(file: Path, header: Any, index: int | None) -> np.ndarray:
             source.file_meta.TransferSyntaxUID = uid
         else:
             source = file
-        single = index is not None or int(header.get("NumberOfFrames") or 1) == 1
+        single = index is not None or frame_count(header) == 1
         images = dicom.pixels.pixel_array(source, index=index)
         if header.get("PhotometricInterpretation") == "PALETTE COLOR":
             images = dicom.pixels.apply_color_lut(images, header)

@@ -11,7 +11,7 @@ import numpy as np
 
 from scripts.data import checks
 from scripts.data.checks import InputError
-from scripts.data.dicom_frames import REPEAT_TAGS, VOLUME_TAGS, Frame, by, pixel_size
+from scripts.data.dicom_frames import REPEAT_TAGS, VOLUME_TAGS, Frame, by, frame_count, pixel_size
 from scripts.data.dicom_pixels import equal
 
 SAME_PLACE = 0.01  # mm
@@ -127,8 +127,9 @@ def _by_tag(name: str) -> Callable[[str | Path, list[Frame]], list[Volume]]:
 
     def split(path: str | Path, frames: list[Frame]) -> list[Volume]:
         parts = _split(frames, name, lambda f: f.text(name, VOLUME_TAGS[name]))
+        stated = [part for part in parts if part.labels.get(name) != "none"]  # left out of some, it tells nothing apart
         numbers_slices = max(len(part.frames) for part in parts) == 1
-        return [Volume({}, frames)] if numbers_slices else parts
+        return [Volume({}, frames)] if len(stated) < 2 or numbers_slices else parts
 
     return split
 
@@ -147,7 +148,7 @@ def _by_place(path: str | Path, frames: list[Frame]) -> list[Volume]:
     if len(at) == 1:
         raise InputError(f"{path}: {most} images at one place, a film of a single slice; give the whole volume")
     place_of = {(f.path, f.index): place for f, place in zip(frames, places, strict=True)}
-    for name, group in REPEAT_TAGS.items():
+    for name, group in (VOLUME_TAGS | REPEAT_TAGS).items():
         parts = _split(frames, name, lambda f, n=name, g=group: f.text(n, g))
         repeats = max(max(Counter(place_of[f.path, f.index] for f in part.frames).values()) for part in parts)
         if len(parts) == most and repeats == 1:
@@ -185,7 +186,7 @@ def places_of(frames: Sequence[Frame]) -> list[int] | None:
 
 def numbers(frames: Sequence[Frame], name: str, group: str | None = None) -> np.ndarray | None:
     """An element of each frame as a number, shape (N,); None where one lacks it, or shares it with all of its file."""
-    if any(int(f.header.get("NumberOfFrames") or 1) > 1 and (group is None or name in f.header) for f in frames):
+    if any(frame_count(f.header) > 1 and (group is None or name in f.header) for f in frames):
         return None
     try:
         found = np.array([float(f.find(name, group)) for f in frames])
@@ -224,8 +225,7 @@ def _say_copies(path: str | Path, copies: Sequence[Frame]) -> None:
 
 def called(frame: Frame) -> str:
     """A frame as a message names it."""
-    several = int(frame.header.get("NumberOfFrames") or 1) > 1
-    return frame.path.name + f" frame {frame.index + 1}" * several
+    return frame.path.name + f" frame {frame.index + 1}" * (frame_count(frame.header) > 1)
 
 
 def _name(volume: Volume) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,7 +69,7 @@ class LoadPaird(Transform):
         return d | {"moving_file": data["moving_image"], "fixed_file": data["fixed_image"]}
 
     def _load_label(self, path: str, image_path: str, image: MetaTensor, size: Size = None) -> MetaTensor:
-        if Path(path).exists() and is_segmentation(path):
+        if is_segmentation(path):
             label = load_segmentation(path, image, self.label_values)
             checks.check_labels(path, label.numpy())
             return label

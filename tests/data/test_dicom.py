@@ -370,6 +370,8 @@ def test_text_that_differs_without_meaning_does_not_make_two_series(tmp_path):
         header.SliceThickness, header.EchoTime, header.SeriesDescription = "2.0000", "100.00", f"MR phantom {k}"
         header.PixelSpacing = ["1.20000", "1.5"]
         header.save_as(path)
+    header.EchoNumbers, header.TemporalPositionIdentifier = 1, 1  # and left out of the others
+    header.save_as(path)
     found, said = loaded(folder)
     assert_same(found)
     assert not said
