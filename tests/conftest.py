@@ -54,8 +54,9 @@ def same_locale():
 @pytest.fixture
 def files(tmp_path) -> dict[str, str]:
     """A good pair on disk: 3 labels, moving and fixed on one grid."""
-    image, label = content()
-    return {key: write(tmp_path / f"{key}.nii.gz", image if key.endswith("image") else label) for key in KEYS}
+    label = content()[1]
+    images = {"moving_image": content()[0], "fixed_image": content(seed=1)[0]}
+    return {key: write(tmp_path / f"{key}.nii.gz", images.get(key, label)) for key in KEYS}
 
 
 @pytest.fixture(scope="session")

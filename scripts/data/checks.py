@@ -212,7 +212,7 @@ def check_labels(path: str | Path, labels: np.ndarray) -> None:
     """
     values = np.unique(labels)
     if not np.isin(values, (0, 1)).all():
-        shown = ", ".join(f"{v:g}" for v in values[:6]) + (", …" if len(values) > 6 else "")
+        shown = ", ".join(f"{v:.8g}" for v in values[:6]) + (", …" if len(values) > 6 else "")
         raise InputError(
             f"{path}: label values {shown}; expected 0 and 1. For an integer index map declare its values,"
             " for example --label_values '[1,2,3]'"
@@ -240,6 +240,35 @@ def check_label_geometry(
     voxel = np.linalg.norm(np.asarray(image_affine, float)[:3, :3], axis=0).min()
     if apart > 0.1 * voxel:
         raise InputError(f"{label_path}: lies up to {apart:.2f} mm away from its image {image_path}; headers differ")
+
+
+def check_modalities(moving_path: str | Path, moving: str | None, fixed_path: str | Path, fixed: str | None) -> None:
+    """Refuse a pair whose headers say that it is not a moving MR and a fixed ultrasound; None says nothing.
+
+    Args:
+        moving, fixed: modalities as DICOM names them.
+
+    Raises:
+        InputError: exchanged, or two images of the ultrasound.
+    """
+    if moving == "US":
+        what = "they are exchanged" if fixed == "MR" else "the moving image is an MR, the fixed one the TRUS"
+        raise InputError(f"{moving_path}: its modality is US, that of {fixed_path} {fixed or 'not stated'}; {what}")
+
+
+def check_two_images(moving_path: str | Path, moving: np.ndarray, fixed_path: str | Path, fixed: np.ndarray) -> None:
+    """Refuse a pair that is one image twice, whatever its files, headers and the order of its axes.
+
+    Args:
+        moving, fixed: arrays of any shape.
+
+    Raises:
+        InputError: the same voxels.
+    """
+    if sorted(moving.shape) != sorted(fixed.shape) or moving.min() != fixed.min() or moving.max() != fixed.max():
+        return
+    if np.array_equal(moving, fixed) or np.array_equal(np.sort(moving, axis=None), np.sort(fixed, axis=None)):
+        raise InputError(f"{moving_path}: holds the same image as {fixed_path}; give the MR and the TRUS")
 
 
 def check_label_counts(moving_path: str | Path, moving: int, fixed_path: str | Path, fixed: int) -> None:

@@ -26,7 +26,7 @@ KEYS = ("moving_image", "fixed_image", "moving_label", "fixed_label")
 IMAGES, LABELS = KEYS[:2], KEYS[2:]
 TRUTH = "true_ddf"  # folder and key of the true displacement, which phantoms have
 OPTIONS = ("moving_spacing", "fixed_spacing", "moving_series", "fixed_series")  # see `scripts.data.pairs.LoadPaird`
-SUFFIXES = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".dicom", ".ima")
+SUFFIXES = (".nii.gz", ".nii", ".hdr", ".mha", ".mhd", ".seg.nrrd", ".nrrd", ".nhdr", ".dcm", ".dicom", ".ima")
 # images that a registration leaves
 RESULTS = ("warped_moving_image.nii.gz", "warped_moving_label.nii.gz", "ddf.nii.gz")
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
@@ -55,18 +55,21 @@ def image_files(folder: Path) -> dict[str, Path]:
 
 
 def _pairs_in_folder(folder: Path, labels: bool) -> list[dict[str, str]]:
-    """The pairs of one four-folder layout; label folders may be missing where labels are not needed."""
+    """The pairs of one four-folder layout; label folders and labels may be missing where they are not needed."""
     found = [names for names in FOLDERS if (folder / names[0]).is_dir() or (folder / names[1]).is_dir()]
     if len(found) != 1:
         raise InputError(
             f"{folder}: expected the sub-folders {', '.join(FOLDERS[0])}, or {', '.join(FOLDERS[1])}"
             + ("; found both" if found else "")
         )
-    wanted = found[0] if labels or (folder / found[0][2]).is_dir() else found[0][:2]
-    wanted = dict(zip(KEYS, wanted, strict=False)) | ({TRUTH: TRUTH} if (folder / TRUTH).is_dir() else {})
+    wanted = dict(zip(KEYS, found[0], strict=True))
+    wanted = {key: name for key, name in wanted.items() if labels or key in IMAGES or (folder / name).is_dir()}
+    wanted |= {TRUTH: TRUTH} if (folder / TRUTH).is_dir() else {}
     files = {key: image_files(folder / name) for key, name in wanted.items()}
     for key, name in wanted.items():
         missing = sorted(set(files["moving_image"]) ^ set(files[key]))
+        if key in LABELS and not labels:
+            missing = [case for case in missing if case in files[key]]  # a label of no image
         if missing:
             raise InputError(
                 f"{folder / name}: unpaired case {missing[0]}: it must have the same name in"
@@ -77,7 +80,8 @@ def _pairs_in_folder(folder: Path, labels: bool) -> list[dict[str, str]]:
         raise InputError(
             f"{folder / wanted[KEYS[0]]}: no images; expected files ending in {', '.join(SUFFIXES)}, or folders"
         )
-    return [{"case": case} | {k: str(files[k][case]) for k in files} for case in files["moving_image"]]
+    cases = files["moving_image"]
+    return [{"case": case} | {k: str(there[case]) for k, there in files.items() if case in there} for case in cases]
 
 
 def _pairs_in_json(path: Path, labels: bool) -> dict[str, list[dict[str, str]]]:
@@ -96,7 +100,7 @@ def _pairs_in_json(path: Path, labels: bool) -> dict[str, list[dict[str, str]]]:
             missing = [k for k in (KEYS if labels else KEYS[:2]) if not isinstance(known.get(k), str)]
             if missing:
                 raise InputError(f"{path}: {split} item {i} lacks {missing[0]}; a pair needs {', '.join(KEYS)}")
-            pair = {k: str(path.parent / item[k]) for k in (*KEYS, TRUTH) if k in item}
+            pair = {k: str(path.parent / item[k]) for k in (*KEYS, TRUTH) if isinstance(item.get(k), str)}
             absent = next((p for p in pair.values() if not Path(p).exists()), None)
             if absent:
                 raise InputError(f"{absent}: named in {path} but not found")

@@ -86,6 +86,13 @@ def _headers(path: Path) -> list[tuple[Path, Any]]:
     return found
 
 
+def modality(path: str | Path) -> str | None:
+    """The modality of an image as DICOM states it, "MR" or "US" for example; None where it states none, or several."""
+    path = Path(path)
+    found = {str(header.get("Modality", "")) for _, header in read_headers(path)} if is_dicom(path) else set()
+    return found.pop() or None if len(found) == 1 else None
+
+
 def is_segmentation(path: str | Path) -> bool:
     """Whether a path is a DICOM segmentation: a file, or a folder of nothing else."""
     return is_dicom(path) and _all_segments(read_headers(path))

@@ -21,7 +21,7 @@ from torch import Tensor
 from scripts.data import checks
 from scripts.data.checks import InputError
 from scripts.data.lps import FLIP, itk_grid
-from scripts.data.volumes import save_volume
+from scripts.data.volumes import NAMED, read_raster, save_volume
 from scripts.network import fields
 
 FILES = {  # what each tool reads in the folder of a registration; ddf.nii.gz is always there
@@ -33,6 +33,7 @@ FILES = {  # what each tool reads in the folder of a registration; ddf.nii.gz is
     "dicom": "registration.dcm",
 }
 WARPED_SERIES = "warped_moving_image"  # the folder that "dicom" leaves as well
+MEASURED = "(1,0,0)(0,1,0)(0,0,1)"  # the frame of an NRRD's vectors that is the axes of its space
 NIFTYREG, NIFTYREG_DISPLACEMENT = "NREG_TRANS", 1  # intent_name and intent_p1 of NiftyReg's NREG_TRANS_TYPE DISP_FIELD
 
 
@@ -54,8 +55,8 @@ Step = Tensor | Displacement
 def read_transform(path: str | Path) -> list[Step]:
     """The steps of a transform file, in the order a fixed point goes through them.
 
-    ITK's .tfm, .txt, .h5 and ANTs' .mat, linear, displacement fields and composites of them; a displacement NIfTI as
-    ITK and ANTs write it, or as NiftyReg does.
+    ITK's .tfm, .txt, .h5 and ANTs' .mat, linear, displacement fields and composites of them; a displacement image as
+    ITK, ANTs and 3D Slicer write it (NIfTI, MetaImage, NRRD), or as NiftyReg does.
 
     Raises:
         InputError: no such file; it cannot be read, or holds another kind of transform.
@@ -63,26 +64,26 @@ def read_transform(path: str | Path) -> list[Step]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: transform file not found")
-    return [_read_nifti(path)] if path.name.lower().endswith((".nii", ".nii.gz")) else _read_itk(path)
+    return [_read_image(path)] if path.name.lower().endswith(NAMED) else _read_itk(path)
 
 
-def _read_nifti(path: Path) -> Displacement:
-    try:
-        nifti = nib.load(path)
-        array = np.asarray(nifti.dataobj, dtype=np.float64)
-    except Exception as error:  # whatever a damaged file raises is one refusal
-        raise InputError(f"{path}: cannot be read as a displacement: {str(error).splitlines()[-1]}") from error
-    kind = nifti.header.get_intent()[0]
-    if array.ndim != 5 or array.shape[3:] != (1, 3) or kind != "vector":
-        raise InputError(
-            f"{path}: no displacement: expected size (X, Y, Z, 1, 3) and intent 1007, vector; found"
-            f" {array.shape} and {kind}"
-        )
-    by_niftyreg = nifti.header.get_intent()[2].startswith(NIFTYREG)
-    if by_niftyreg and nifti.header["intent_p1"] != NIFTYREG_DISPLACEMENT:
+def _read_image(path: Path) -> Displacement:
+    """A displacement that is an image, through the gate of images."""
+    raster = read_raster(str(path), dtype=np.float64)
+    array, told = raster.array, raster.header
+    size = "size (X, Y, Z, 1, 3) and intent 1007, vector" if "intent" in told else "three components a voxel"
+    if not raster.components or len(array) != 3 or told.get("intent", "vector") != "vector":
+        found = f"{len(array)} {'components' if raster.components else 'volumes'} of {array.shape[1:]}"
+        raise InputError(f"{path}: no displacement: expected {size}; found {found}")
+    if told.get("space", "lps").lower() not in ("lps", "left-posterior-superior"):
+        raise InputError(f"{path}: a displacement in {told['space']}; ITK's are in left-posterior-superior")
+    if told.get("measurement frame", MEASURED).replace(" ", "") != MEASURED:
+        raise InputError(f"{path}: a displacement in a measurement frame of its own; save it by ITK")
+    by_niftyreg = told.get("name", "").startswith(NIFTYREG)
+    if by_niftyreg and told["p1"] != NIFTYREG_DISPLACEMENT:
         raise InputError(f"{path}: not a displacement to NiftyReg; convert it by reg_transform -disp")
-    field = torch.from_numpy(array[:, :, :, 0]).movedim(-1, 0)
-    return _checked(path, field if by_niftyreg else field * FLIP.view(3, 1, 1, 1), nifti.affine)
+    field = torch.from_numpy(array)
+    return _checked(path, field if by_niftyreg else field * FLIP.view(3, 1, 1, 1), raster.affine)
 
 
 def _checked(path: Path, field: Tensor, affine: np.ndarray) -> Displacement:

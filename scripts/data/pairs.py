@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 
-import numpy as np
-import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
 
 from scripts.data import checks, formats
 from scripts.data.datalist import IMAGES, LABELS, OPTIONS, TRUTH
-from scripts.data.dicom import is_segmentation
-from scripts.data.volumes import load_segmentation, load_volume
+from scripts.data.dicom import modality
+from scripts.data.labels import checked_values, load_label
+from scripts.data.volumes import load_volume
 
 Size = float | Sequence[float] | None
 
@@ -21,9 +20,9 @@ class LoadPaird(Transform):
     """Load the files of one pair and pass them through the input gate.
 
     NIfTI, MetaImage, NRRD, DICOM or a folder with a DICOM series; labels 3-D, 4-D with the label last, an integer
-    index map, or a DICOM segmentation. Adds or replaces the four keys by channel-first `MetaTensor`s, float32, each
-    with its own affine (RAS mm). A phantom's `true_ddf` becomes the true displacement (3, X, Y, Z) in RAS mm on the
-    fixed grid.
+    index map, or a segmentation of DICOM or 3D Slicer. Adds or replaces the four keys by channel-first `MetaTensor`s,
+    float32, each with its own affine (RAS mm). A phantom's `true_ddf` becomes the true displacement (3, X, Y, Z) in RAS
+    mm on the fixed grid.
 
     Args:
         label_values: the structures of an integer index map in the order of the channels, the gland first; None if
@@ -38,13 +37,13 @@ class LoadPaird(Transform):
 
     def __init__(
         self,
-        label_values: Sequence[int] | None = None,
+        label_values: int | Sequence[int] | None = None,
         moving_spacing: Size = None,
         fixed_spacing: Size = None,
         moving_series: str | int | None = None,
         fixed_series: str | int | None = None,
     ) -> None:
-        self.label_values = label_values
+        self.label_values = checked_values(label_values)
         told = moving_spacing, fixed_spacing, moving_series, fixed_series
         self.told = dict(zip(OPTIONS, told, strict=True))
 
@@ -55,38 +54,22 @@ class LoadPaird(Transform):
             side = key.partition("_")[0]
             d[key] = load_volume(data[key], told[f"{side}_spacing"], told[f"{side}_series"], side)
             if len(d[key]) != 1:
-                raise checks.InputError(f"{data[key]}: expected one image, found {len(d[key])} channels")
+                choose = f"; choose one by --{side}_series, counted from 1, and of a colour picture make grey levels"
+                raise checks.InputError(f"{data[key]}: expected one image, found {len(d[key])} channels{choose}")
             checks.check_image(data[key], d[key].numpy())
+        moving, fixed = (data[key] for key in IMAGES)
+        checks.check_modalities(moving, modality(moving), fixed, modality(fixed))
+        checks.check_two_images(moving, d[IMAGES[0]].numpy(), fixed, d[IMAGES[1]].numpy())
         for key, image in zip(LABELS, IMAGES, strict=True):
             if key in d:
                 size = told[f"{key.partition('_')[0]}_spacing"]
-                d[key] = self._load_label(data[key], data[image], d[image], size)
+                d[key] = load_label(data[key], data[image], d[image], self.label_values, size)
         if all(key in d for key in LABELS):
             checks.check_label_counts(data[LABELS[0]], len(d[LABELS[0]]), data[LABELS[1]], len(d[LABELS[1]]))
             checks.check_drawable(data[LABELS[0]], d[LABELS[0]].numpy(), data[LABELS[1]], d[LABELS[1]].numpy())
         if TRUTH in d:
             d[TRUTH] = self._load_displacement(data[TRUTH], d["fixed_image"])
         return d | {"moving_file": data["moving_image"], "fixed_file": data["fixed_image"]}
-
-    def _load_label(self, path: str, image_path: str, image: MetaTensor, size: Size = None) -> MetaTensor:
-        if is_segmentation(path):
-            label = load_segmentation(path, image, self.label_values)
-            checks.check_labels(path, label.numpy())
-            return label
-        label = load_volume(path, size)
-        checks.check_label_geometry(
-            path, tuple(label.shape[1:]), label.affine, image_path, tuple(image.shape[1:]), image.affine
-        )
-        if self.label_values is not None:
-            unknown = sorted(set(np.unique(label.numpy())) - {0, *self.label_values})
-            if len(label) != 1 or unknown:
-                found = f"value {unknown[0]:g}" if unknown else f"{len(label)} channels"
-                raise checks.InputError(f"{path}: {found} in an index map of values {list(self.label_values)}")
-            label = MetaTensor(
-                torch.cat([label.as_tensor() == v for v in self.label_values]).float(), affine=label.affine
-            )
-        checks.check_labels(path, label.numpy())
-        return label
 
     @staticmethod
     def _load_displacement(path: str, fixed: MetaTensor) -> MetaTensor:

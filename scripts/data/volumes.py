@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from monai.data import ITKReader, MetaTensor
-from monai.transforms import EnsureChannelFirst
+from monai.data import MetaTensor
 
 from scripts.data import checks, dicom
 from scripts.data.checks import InputError
+from scripts.data.colour import grey
 from scripts.data.dicom_frames import by
 from scripts.data.dicom_segmentation import read_segments
+from scripts.data.itk_images import CHUNK, METAIMAGE, NRRD, Raster, read_by_itk
 
-NAMED = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".nhdr")  # formats known by their name; DICOM files have any
-PICTURES = (".tif", ".tiff", ".lsm", ".png", ".jpg", ".jpeg", ".bmp")
+PAIRED = (".hdr", ".img", ".hdr.gz", ".img.gz")  # NIfTI in two files
+NIFTI = (".nii", ".nii.gz", *PAIRED)
+NAMED = (*NIFTI, *METAIMAGE, *NRRD)  # formats known by their name; DICOM files have any
 SMALLEST = 2.3e-16  # scale of voxels; ITK takes one below for none
-CHUNK = 2**20  # bytes read at a time
-UNEVEN = "ITK_non_uniform_sampling_deviation"  # mm, of a DICOM series that ITK wrote as another format
+VECTOR = 1007  # intent code of a NIfTI whose fifth axis is the components of a voxel
 UNITS = {1: "metre", 3: "micrometre"}  # of xyzt_units; mm is 2, and none is taken to be mm
 
 
@@ -52,28 +53,53 @@ def load_volume(
     if not Path(path).exists():
         raise InputError(f"{path}: file not found")
     size = checks.voxel_size(f"{side}_spacing" if side else "spacing", spacing)
-    known = path.lower().endswith(NAMED)
-    is_dicom = not known and dicom.is_dicom(path)
-    try:
-        with np.errstate(all="ignore"):  # what overflows float32 is infinite, and refused as that
-            if is_dicom:
-                array, affine = dicom.read(path, size, series, side)
-            elif path.lower().endswith((".nii", ".nii.gz")):
-                array, affine = _read_nifti(path, size)
-            else:
-                array, affine = _read_by_itk(path, size, side)
-    except InputError:
-        raise
-    except Exception as error:  # whatever a reader raises on a damaged file is one thing to the user
-        reason = str(error.__cause__ or error).strip().splitlines()
-        why = reason[-1].strip() if reason else repr(error)
-        raise InputError(f"{path}: cannot be read as an image: {why}") from error
+    is_dicom = not path.lower().endswith(NAMED) and dicom.is_dicom(path)
+    if is_dicom:
+        array, affine = _read(path, dicom.read, size, series, side)
+    else:
+        raster = read_raster(path, size, side)
+        array, affine = _grey(raster) if raster.components else raster.array, raster.affine
     if series is not None and not is_dicom:
         array = _chosen(path, array, series, f"--{side}_series" if side else "the series")
     affine = affine if size is None else _resized(path, affine, size)
     checks.check_geometry(path, array.shape[1:], affine)
     affine = checks.orthonormal(path, array.shape[1:], affine)
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=torch.from_numpy(affine).double())
+
+
+def read_raster(
+    path: str, voxel: np.ndarray | None = None, side: str | None = None, dtype: type = np.float32
+) -> Raster:
+    """What a file that is not DICOM holds, as it is, `dtype` float32 or float64; see `load_volume`.
+
+    Raises:
+        InputError: it cannot be read whole, contradicts itself, or states no size.
+    """
+    read = _read_nifti if path.lower().endswith(NIFTI) else read_by_itk
+    return _read(path, read, voxel, side, dtype)
+
+
+def _read(path: str, reader: Callable, *told) -> Any:
+    """What a reader makes of a file; whatever it raises on a damaged one is one thing to the user."""
+    try:
+        with np.errstate(all="ignore"):  # what overflows float32 is infinite, and refused as that
+            return reader(path, *told)
+    except InputError:
+        raise
+    except Exception as error:
+        reason = str(error.__cause__ or error).strip().splitlines()
+        why = reason[-1].strip() if reason else repr(error)
+        raise InputError(f"{path}: cannot be read as an image: {why}") from error
+
+
+def _grey(raster: Raster) -> np.ndarray:
+    """One channel (1, X, Y, Z) of a picture whose red, green and blue are equal everywhere; of others all channels."""
+    array = raster.array
+    opaque = len(array) == 3 or (len(array) == 4 and (array[3] == array[3].flat[0]).all())
+    if not opaque or "Segment0_ID" in raster.header:  # layers of a segmentation, see `scripts.data.labels`
+        return array
+    level, coloured = grey(np.moveaxis(array, 0, -1))
+    return array if coloured else level[None]
 
 
 def load_segmentation(path: str, image: MetaTensor, numbers: Sequence[int] | None = None) -> MetaTensor:
@@ -111,19 +137,54 @@ def _scaled(affine: np.ndarray, by: np.ndarray) -> np.ndarray:
     return affine @ np.diag([*by, 1.0])
 
 
-def _read_nifti(path: str, voxel: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Array (C, X, Y, Z) and affine; the header as it is in the file is checked before nibabel mends it."""
-    with (gzip.open if path.lower().endswith(".gz") else open)(path, "rb") as file:
+def _read_nifti(path: str, voxel: np.ndarray | None, side: str | None, dtype: type) -> Raster:
+    """A NIfTI file, or the two of a pair; the header as it is in the file is checked before nibabel mends it."""
+    head, body = _nifti_files(path)
+    with _opened(head) as file:
         size = int.from_bytes(file.read(4), "little")
-        kind = nib.Nifti2Image if size in (540, int.from_bytes((540).to_bytes(4, "big"), "little")) else nib.Nifti1Image
+        second = size in (540, int.from_bytes((540).to_bytes(4, "big"), "little"))
+        single = nib.Nifti2Image if second else nib.Nifti1Image
+        kind = single if head == body else nib.Nifti2Pair if second else nib.Nifti1Pair
         file.seek(0)
-        affine = nifti_affine(path, kind.header_class.from_fileobj(file, check=False), voxel)
+        header = kind.header_class.from_fileobj(file, check=False)
+        if head != body and not bytes(header["magic"]).startswith(b"ni"):
+            raise InputError(f"{path}: Analyze 7.5, which does not say how its axes lie; convert it to NIfTI")
+        affine = nifti_affine(path, header, voxel)
         file.seek(0)
-        # MONAI's NibabelReader drops the origin of a 4-D NIfTI, nibabel does not
-        array = np.asarray(kind.from_stream(file).dataobj, dtype=np.float32)
-        while file.read(CHUNK):  # the checksum of a gzip file is at its end
-            pass
-    return np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None], affine
+        with contextlib.nullcontext(file) if head == body else _opened(body) as voxels:
+            files = {name: nib.FileHolder(fileobj=one) for name, one in (("header", file), ("image", voxels))}
+            # MONAI's NibabelReader drops the origin of a 4-D NIfTI, nibabel does not
+            data = (kind.from_stream(file) if head == body else kind.from_file_map(files)).dataobj
+            coloured = header.get_data_dtype().names is not None  # RGB24 and RGBA32
+            array = np.asarray(data) if coloured else np.asarray(data, dtype=dtype)
+            while voxels.read(CHUNK):  # the checksum of a gzip file is at its end
+                pass
+    array = np.stack([array[name] for name in array.dtype.names], axis=-1).astype(dtype) if coloured else array
+    vector = array.ndim == 5
+    array = array[:, :, :, 0] if vector else array
+    array = np.moveaxis(array, -1, 0) if array.ndim == 4 else array[None]
+    intent, _, name = header.get_intent()
+    told = {"intent": intent, "name": name, "p1": float(header["intent_p1"])}
+    return Raster(array, affine, coloured or vector, told)
+
+
+def _opened(path: str) -> IO[bytes]:
+    return (gzip.open if path.lower().endswith(".gz") else open)(path, "rb")
+
+
+def _nifti_files(path: str) -> tuple[str, str]:
+    """The file of the header and that of the voxels, which are one but for .hdr and .img."""
+    if not path.lower().endswith(PAIRED):
+        return path, path
+    stem = path.removesuffix(".gz").removesuffix(".GZ")[:-4]
+    both = []
+    for kind in ("hdr", "img"):
+        names = [f"{stem}.{ending}" for ending in (kind, f"{kind}.gz", kind.upper(), f"{kind.upper()}.GZ")]
+        there = [name for name in (path, *names) if name in names and Path(name).exists()]
+        if not there:
+            raise InputError(f"{path}: {names[0]}, the other half of it, is not there")
+        both.append(there[0])
+    return both[0], both[1]
 
 
 def nifti_affine(path: str, header: nib.Nifti1Header, voxel: np.ndarray | None = None) -> np.ndarray:
@@ -136,21 +197,22 @@ def nifti_affine(path: str, header: nib.Nifti1Header, voxel: np.ndarray | None =
         InputError: it does not, or it says nothing; voxels that are no real numbers; a size beyond the cap.
     """
     kind = header.get_data_dtype()
-    if kind.kind not in "iuf":
+    if kind.kind not in "iuf" and kind.names not in (("R", "G", "B"), ("R", "G", "B", "A")):
         raise InputError(f"{path}: voxels of type {kind}; expected real numbers")
     slope, inter = float(header["scl_slope"]), float(header["scl_inter"])
     unscaled = slope == 0 or np.isnan(slope)
     plain = (inter == 0 or np.isnan(inter)) if unscaled else SMALLEST < abs(slope) < np.inf and np.isfinite(inter)
     if not plain:
         raise InputError(f"{path}: scl_slope {slope:g} with scl_inter {inter:g} in the header; rescale the values")
-    offset = float(header["vox_offset"])
-    if not header.single_vox_offset <= offset < np.inf:
-        raise InputError(f"{path}: vox_offset {offset:g} in the header; voxels begin at {header.single_vox_offset}")
+    offset, first = float(header["vox_offset"]), header.single_vox_offset if header.is_single else 0
+    if not first <= offset < np.inf:
+        raise InputError(f"{path}: vox_offset {offset:g} in the header; voxels begin at {first}")
     unit = int(header["xyzt_units"]) % 8
     if unit in UNITS:
         raise InputError(f"{path}: its unit is the {UNITS[unit]}; write the header in mm")
     shape = header.get_data_shape()
-    shape = shape[:3] if len(shape) == 4 else shape
+    vector = len(shape) == 5 and shape[3] == 1 and int(header["intent_code"]) == VECTOR
+    shape = shape[:3] if len(shape) == 4 or vector else shape
     spacing = np.asarray(header["pixdim"][1:4], float)
     if voxel is not None and not (spacing > 0).all():
         by_sform = np.linalg.norm(header.get_sform()[:3, :3], axis=0)
@@ -184,76 +246,6 @@ def _form(path: str, header: nib.Nifti1Header, name: str) -> np.ndarray | None:
     if name == "qform" and code and qfac not in (-1, 0, 1):
         raise InputError(f"{path}: pixdim[0] is {qfac:g} in the header; the qform needs 1 or -1")
     return (header.get_sform() if name == "sform" else header.get_qform()) if code else None
-
-
-def _read_by_itk(path: str, voxel: np.ndarray | None = None, side: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Array (C, X, Y, Z) and affine in RAS of what ITK reads, which takes 1 mm where a file states no size."""
-    import itk  # a second; a NIfTI file does without
-
-    header = itk.ImageIOFactory.CreateImageIO(path, itk.CommonEnums.IOFileMode_ReadMode)
-    if header is None:
-        raise InputError(f"{path}: cannot be read as an image: ITK does not know the format")
-    header.SetFileName(path)
-    header.ReadImageInformation()
-    axes = range(min(3, header.GetNumberOfDimensions()))
-    checks.check_size(path, [header.GetDimensions(axis) for axis in axes])
-    if path.lower().endswith((".mha", ".mhd")):
-        _check_metaimage(Path(path))
-    sized = _states_size(Path(path))
-    if voxel is None and not sized:
-        option = f"by --{side}_spacing '[x,y,z]', in mm" if side else "in its header"
-        raise InputError(f"{path}: nothing says how large a voxel is; state the voxel size {option}")
-    reader = ITKReader()
-    image = reader.read(path)
-    found = image.GetMetaDataDictionary()
-    uneven = float(found[UNEVEN]) if found.HasKey(UNEVEN) else 0.0  # text in NRRD
-    if uneven > 0.1 * min(image.GetSpacing()):
-        raise InputError(f"{path}: slices are unevenly spaced, by up to {uneven:.2f} mm; is one missing?")
-    volume = EnsureChannelFirst()(MetaTensor.ensure_torch_and_prune_meta(*reader.get_data(image)))
-    affine = volume.affine.numpy()
-    if not sized:
-        affine = _scaled(affine, voxel / np.linalg.norm(affine[:3, :3], axis=0))
-    return volume.numpy().astype(np.float32), affine
-
-
-def _states_size(path: Path) -> bool:
-    """Whether a file that ITK reads says how large its voxels are; a picture says it of a print at most."""
-    name = path.name.lower()
-    if not name.endswith((".mha", ".mhd", ".nrrd", ".nhdr")):
-        return not name.endswith(PICTURES)
-    with path.open("rb") as file:
-        for line in file:
-            key, _, value = line.decode("latin-1").partition("=" if name.endswith((".mha", ".mhd")) else ":")
-            key, value = key.strip().lower(), value.lower()
-            if key in ("elementspacing", "elementsize", "spacings", "space directions"):
-                if sum(part not in ("nan", "none") for part in value.split()) >= 3:
-                    return True
-            if not line.strip() or key == "elementdatafile":
-                break
-    return False
-
-
-def _check_metaimage(path: Path) -> None:
-    """What ITK passes over in a MetaImage: a negative voxel size, and compressed voxels that are damaged."""
-    with path.open("rb") as file:
-        header = {}
-        for line in file:
-            key, _, value = line.decode("latin-1").partition("=")
-            header[key.strip()] = value.strip()
-            if key.strip() == "ElementDataFile":
-                break
-        spacing = [round(float(size), 6) for size in header.get("ElementSpacing", "").split()]
-        if not all(size > 0 for size in spacing):
-            raise InputError(f"{path}: voxel size {spacing} mm in the header; it must be positive")
-        if header.get("CompressedData", "").lower() != "true":
-            return
-        name = header["ElementDataFile"]
-        with contextlib.nullcontext(file) if name.upper() == "LOCAL" else (path.parent / name).open("rb") as voxels:
-            stream = zlib.decompressobj(wbits=47)  # zlib or gzip
-            while chunk := voxels.read(CHUNK):
-                stream.decompress(chunk)
-        if not stream.eof:
-            raise InputError(f"{path}: cannot be read as an image: its compressed voxels end too early")
 
 
 def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, dtype: type, intent: str = "none") -> None:

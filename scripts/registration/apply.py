@@ -24,7 +24,8 @@ from scripts.data.datalist import image_files
 from scripts.data.dicom import holds_slices
 from scripts.data.files import written_together
 from scripts.data.formats import Displacement, Step, forward, read_transform
-from scripts.data.points import read_points
+from scripts.data.labels import load_maps
+from scripts.data.points import kind_of, read_points
 from scripts.data.volumes import load_volume, save_volume
 from scripts.network import fields
 from scripts.registration.outputs import NOTICE
@@ -181,7 +182,8 @@ def apply_to_images(
     affine, size = grid_of(steps, reference)
 
     def one(source: str | Path, target: Path) -> None:
-        volume = load_volume(str(source), moving_spacing, moving_series, "moving")
+        load = load_maps if label else load_volume
+        volume = load(str(source), moving_spacing, moving_series, "moving")
         checks.check_finite(source, volume.numpy())
         if label:
             warped = warp_label(source, steps, volume, affine, size)
@@ -215,7 +217,7 @@ def apply_to_images(
 def apply_to_points(steps: Sequence[Step], points: str, points_from: str, coordinates: str | None, output: str) -> None:
     """Take the points of a file to the other image and write them as a file of the same kind; see the `apply` verb."""
     found = read_points(points, coordinates)
-    kind = ".mrk.json" if points.lower().endswith(".json") else ".csv"
+    kind = kind_of(points)
     if not output.lower().endswith(kind):
         raise InputError(f"{output}: the points of {points} are written as {kind}; choose a name that ends so")
     there = ~found.world.isnan().any(dim=1)
@@ -246,7 +248,7 @@ def apply_to_points(steps: Sequence[Step], points: str, points_from: str, coordi
         )
     for index, state in enumerate(status):
         if state != "ok":
-            print(f"CHECK: point {index + 1}: {state}; written without a position")
+            print(f"CHECK: point {index + 1}: {state}; {found.lost}")
 
 
 def apply(

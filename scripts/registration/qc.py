@@ -30,6 +30,7 @@ MEANINGS = {  # what a figure beyond its limits means, in the words of a flag
     "drift": "a closer look at the {side} image finds the gland elsewhere",
     "growth": "a closer look at the {side} image finds a gland of another size",
     "cut_percent": "the {side} image does not show the whole gland",
+    "border_difference": "the images seem to be exchanged, the moving one is dark at its borders as ultrasound is",
     "orientation": "the {side} image seems to be upside down or back to front",
 }
 
@@ -46,6 +47,22 @@ def deformation(item: Mapping[str, Any]) -> Tensor:
     return fields.world_displacement(ddf, grid_affine, torch.eye(4), affine, size)
 
 
+def border_brightness(image: Tensor) -> float:
+    """How bright an image (1, X, Y, Z) is at its borders, above its darkest voxel, as a share of its mean.
+
+    Of an axis it is the mean over the outer tenths at its two ends, of the image the median of the three axes.
+    Ultrasound is a fan, dark at the borders of two axes; an MR fills a box, and is dark at those of one at most.
+    """
+    bright = torch.as_tensor(image)[0].double()
+    bright = bright - bright.min()
+    shares = []
+    for axis, size in enumerate(bright.shape):
+        width = max(1, size // 10)
+        ends = bright.narrow(axis, 0, width).mean() + bright.narrow(axis, size - width, width).mean()
+        shares.append(ends / 2 / bright.mean())
+    return torch.stack(shares).median().item()
+
+
 def quality(
     item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor, inconsistency: float | None = None
 ) -> dict[str, float | None]:
@@ -59,6 +76,7 @@ def quality(
     """
     affine = item["original_fixed_image"].affine
     displacement = item["displacement"][None]
+    borders = [border_brightness(item[f"original_{side}_image"]) for side in ("moving", "fixed")]
     covered = torch.ones_like(item["original_moving_image"].as_tensor())[None]
     covered = fields.pull(covered, item["original_moving_image"].affine, displacement, affine)
     voxel = torch.as_tensor(item["grid_affine"])[:3, :3].norm(dim=0).mean().item()
@@ -67,6 +85,7 @@ def quality(
         "covered_percent": 100 * (covered > 0).double().mean().item(),
         "initial_stretch_min": item["initial_stretch"].min().item(),
         "initial_stretch_max": item["initial_stretch"].max().item(),
+        "border_difference": borders[0] - borders[1],
         "inverse_consistency_mm": math.nan if inconsistency is None else inconsistency * voxel,
     }
     for side in ("moving", "fixed"):

@@ -90,6 +90,13 @@ def only_sform(affine, pixdim=(1.5, 1.2, 2.0)):
     return with_header(**rows, sform_code=1, qform_code=0, pixdim=dict(zip((1, 2, 3), pixdim, strict=True)))
 
 
+def coloured(same=False):
+    """The voxels of an RGB picture; with equal colours it is grey."""
+    pixels = np.random.default_rng(3).integers(0, 256, (*PAIR_SIZE, 3), np.uint8)
+    pixels[..., 1:] = pixels[..., :1] if same else pixels[..., 1:]
+    return np.ascontiguousarray(pixels).view([(c, "u1") for c in "RGB"])[..., 0]
+
+
 FLAT = PAIR_AFFINE @ np.diag([0.0, 1, 1, 1])
 DOUBLE = PAIR_AFFINE @ np.array([[1.0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 BAD_FILES = {  # the file, what is done to it, the message
@@ -113,8 +120,8 @@ BAD_FILES = {  # the file, what is done to it, the message
     "complex": (IMAGES, image(lambda a: a + 1j), "voxels of type complex64; expected real numbers"),
     "colours": (
         IMAGES,
-        lambda path: nib.save(nib.Nifti1Image(np.zeros(PAIR_SIZE, [(c, "u1") for c in "RGB"]), PAIR_AFFINE), path),
-        "voxels of type [(",
+        lambda path: nib.save(nib.Nifti1Image(coloured(), PAIR_AFFINE), path),
+        "expected one image, found 3 channels",
     ),
     "single slice": (IMAGES, image(lambda a: a[:, :, :1]), "a single slice, size (7, 6, 1)"),
     "two axes": (IMAGES, with_header(dim={0: 2}), "expected a 3-D volume, found 2 axes"),
@@ -147,7 +154,7 @@ BAD_FILES = {  # the file, what is done to it, the message
     ),
     "fewer labels": (("moving_label",), label(lambda a: a[..., :2]), "2 labels, but"),
     "no label": (LABELS, label(lambda a: 0 * a), "the label set is empty"),
-    "other label values": (LABELS, label(lambda a: 255 * a), "label values 0, 255"),
+    "other label values": (LABELS, label(lambda a: 7 * a), "label values 0, 7; expected 0 and 1"),
     "soft labels": (LABELS, label(lambda a: a * np.float32(0.5)), "for example --label_values '[1,2,3]'"),
     "NaN in labels": (LABELS, label(lambda a: np.where(a, np.nan, 0)), "label values 0, nan; expected 0 and 1"),
 }
@@ -337,7 +344,8 @@ def dataset(tmp_path):
     for key, name in zip(KEYS, FOLDERS[0], strict=True):
         (root / name).mkdir(parents=True)
         for k in range(6):
-            write(root / name / f"case{k}.nii.gz", content(seed=k)[key.endswith("label")])
+            seed = k + 10 * (key == "fixed_image")
+            write(root / name / f"case{k}.nii.gz", content(seed=seed)[key.endswith("label")])
     with_bad(np.nan)(root / "moving_images" / "case1.nii.gz")
     bytes_of(lambda data: data[:60])(root / "fixed_labels" / "case4.nii.gz")
     return root

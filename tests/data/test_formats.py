@@ -1,6 +1,7 @@
 """Transform files as the tools they are for read them: each takes points where our own warp takes them."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,18 @@ import SimpleITK as sitk
 import torch
 from conftest import ROOT
 from monai.data import MetaTensor
-from synthetic import GRIDS, SIZE, affine_of, moving_affine, moving_image, registration, save, write_series
+from synthetic import (
+    GRIDS,
+    SIZE,
+    affine_of,
+    edit_header,
+    moving_affine,
+    moving_image,
+    registration,
+    save,
+    to_itk,
+    write_series,
+)
 
 from scripts.data.checks import InputError
 from scripts.data.formats import (
@@ -216,7 +228,7 @@ def test_what_is_no_such_transform_is_refused_in_one_line(tmp_path):
         "none.h5": "not found",
         "spline.tfm": "a BSplineTransform; expected",
         "text.tfm": "ITK cannot read this transform",
-        "text.nii.gz": "cannot be read as a displacement",
+        "text.nii.gz": "cannot be read as an image",
         "image.nii.gz": "no displacement",
         "positions.nii.gz": "not a displacement to NiftyReg",
         "nan.nii.gz": "NaN",
@@ -315,3 +327,55 @@ def test_dicom_of_two_patients_or_without_a_frame_of_reference_is_refused(pair):
     change("FrameOfReferenceUID", "")
     with pytest.raises(InputError, match="no FrameOfReferenceUID"):
         checked_formats("dicom", [pair])
+
+
+def as_vectors(found):
+    """The displacement of a registration as SimpleITK's image, LPS mm."""
+    lps = found.displacement.numpy() * np.array([-1, -1, 1]).reshape(3, 1, 1, 1)
+    return sitk.Compose([to_itk(component, found.affine) for component in lps])
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".nhdr", ".mha", ".mhd", ".nii", ".nii.gz"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_displacement_image_of_any_format_is_the_same_field(suffix, compressed, tmp_path):
+    found = registration("oblique, anisotropic")
+    path = str(tmp_path / f"1Warp{suffix}")
+    sitk.WriteImage(as_vectors(found), path, compressed)
+    (step,) = read_transform(path)
+    np.testing.assert_array_equal(step.field.numpy(), found.displacement.numpy())
+    np.testing.assert_allclose(step.affine, found.affine, atol=1e-5)
+    theirs = sitk.DisplacementFieldTransform(sitk.ReadImage(path, sitk.sitkVectorFloat64))
+    points = found.points(50)
+    ours, known = forward([step], torch.from_numpy(points).T[None, :, :, None, None])
+    assert known.all()
+    expected = np.array([theirs.TransformPoint(point) for point in (points * LPS).tolist()]) * LPS
+    np.testing.assert_allclose(ours[0, :, :, 0, 0].T, expected, atol=1e-4)
+
+
+def test_a_displacement_image_passes_the_gate_of_images(tmp_path):
+    found = registration("permuted")
+    vectors = as_vectors(found)
+    for name in ("a.nrrd", "a.mha", "a.nii"):
+        sitk.WriteImage(vectors, str(tmp_path / name))
+    nrrd, mha = ((tmp_path / name).read_bytes() for name in ("a.nrrd", "a.mha"))
+    (tmp_path / "ras.nrrd").write_bytes(nrrd.replace(b"left-posterior-superior", b"right-anterior-superior", 1))
+    frame = b"measurement frame: (0,1,0) (1,0,0) (0,0,1)\nencoding: "
+    (tmp_path / "frame.nrrd").write_bytes(nrrd.replace(b"encoding: ", frame, 1))
+    (tmp_path / "bare.mha").write_bytes(re.sub(rb"ElementSpacing = .*\n", b"", mha, count=1))
+    (tmp_path / "cut.mha").write_bytes(mha[:-9])
+    edit_header(tmp_path / "a.nii", qoffset_z=999)
+    sitk.WriteImage(sitk.VectorIndexSelectionCast(vectors, 0), str(tmp_path / "one.nrrd"))
+    volumes = [sitk.VectorIndexSelectionCast(vectors, k) for k in range(3)]
+    sitk.WriteImage(sitk.JoinSeries(volumes), str(tmp_path / "4.mha"))
+    for name, message in {
+        "ras.nrrd": "a displacement in right-anterior-superior; ITK's are in left-posterior-superior",
+        "frame.nrrd": "measurement frame of its own",
+        "bare.mha": "nothing says how large a voxel is",
+        "cut.mha": "cannot be read as an image",
+        "a.nii": "sform and qform disagree",
+        "one.nrrd": "no displacement: expected three components a voxel; found 1 volumes",
+        "4.mha": "no displacement: expected three components a voxel; found 3 volumes",
+    }.items():
+        with pytest.raises(InputError, match=re.escape(f"{tmp_path / name}: ")) as refusal:
+            read_transform(tmp_path / name)
+        assert message in str(refusal.value) and "\n" not in str(refusal.value)

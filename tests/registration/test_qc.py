@@ -3,13 +3,14 @@
 import json
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags, run
 
 from scripts.data.checks import InputError
-from scripts.phantoms.phantom import write_cohort
-from scripts.registration.qc import MEANINGS
+from scripts.phantoms.phantom import simulate_pair, write_cohort
+from scripts.registration.qc import MEANINGS, border_brightness
 from scripts.registration.qc import flags as flags_of
 from scripts.registration.segmentation import agreement, cut_percent
 
@@ -55,6 +56,28 @@ def test_a_gland_at_the_edge_of_the_image_is_cut():
     assert cut_percent(gland, inside) == 0
     inside[8:] = 0
     assert 10 < cut_percent(gland, inside) < 50
+
+
+def test_a_fan_is_dark_at_its_borders_and_a_box_or_a_slab_is_not():
+    x, y, _ = torch.meshgrid(*(torch.linspace(-1, 1, 40),) * 3, indexing="ij")
+    fan = (torch.atan2(x, y + 1.2).abs() < 0.6) & ((x**2 + (y + 1.2) ** 2).sqrt() < 2)
+    slab = torch.ones(1, 40, 40, 40)
+    slab[..., :8] = slab[..., -8:] = 0
+    assert border_brightness(fan[None].float()) < 0.5
+    assert border_brightness(slab) == pytest.approx(1)
+    for volume in (fan[None].float(), slab):
+        found = border_brightness(volume)
+        assert border_brightness(100 * volume.permute(0, 2, 3, 1) - 20) == pytest.approx(found)
+
+
+def test_exchanged_phantoms_are_flagged_and_others_are_not():
+    low, _ = LIMITS["border_difference"]
+    for seed in range(6):
+        pair = simulate_pair(np.random.default_rng(seed), (32, 32, 26), (2.4, 2.4, 3), (36, 40, 30), (2, 2, 2))
+        apart = border_brightness(pair.moving_image[None]) - border_brightness(pair.fixed_image[None])
+        assert apart > low
+        (flag,) = flags_of({"border_difference": -apart}, LIMITS)
+        assert flag.startswith("the images seem to be exchanged")
 
 
 @pytest.fixture(scope="module")
