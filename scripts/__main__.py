@@ -10,11 +10,6 @@ import sys
 from pathlib import Path
 
 
-def names(value: str | list[str]) -> list[str]:
-    """What a value with commas lists; Fire makes a tuple of some of them."""
-    return [str(v).strip() for v in (value.split(",") if isinstance(value, str) else value)]
-
-
 def register(
     moving: str,
     fixed: str,
@@ -54,8 +49,6 @@ def register(
             --moving_series and --fixed_series, which of several volumes of a DICOM file or folder, by its number in
             the list that the refusal shows, or by elements, for example EchoTime=100.
     """
-    if "formats" in settings:  # a list for Fire, or text with commas
-        settings["formats"] = names(settings["formats"])
     from scripts.bundle.workflow import register
 
     if initial_transform is not None:
@@ -108,12 +101,12 @@ def apply(
         coordinates: of a .csv, "RAS" or "LPS"; the result has the same. A .mrk.json says it itself.
         moving_spacing, moving_series: of moving, as for register.
     """
+    from scripts.data.files import listed
     from scripts.registration.apply import apply
 
-    paths = [None if path is None else str(path) for path in (output, moving, reference)]
-    points = None if points is None else str(points)
     told = {"moving_spacing": moving_spacing, "moving_series": moving_series}
-    apply(names(transform), *paths, label, interpolation, points, points_from, coordinates, **told)
+    paths = (output, moving, reference)
+    apply(listed(transform), *paths, label, interpolation, points, points_from, coordinates, **told)
 
 
 def invert(transform: str | list[str], reference: str, output: str) -> None:
@@ -132,9 +125,10 @@ def invert(transform: str | list[str], reference: str, output: str) -> None:
         reference: the moving image, or another whose grid to write the inverse on.
         output: the displacement (.nii.gz), LPS mm, as ITK, SimpleITK, 3D Slicer and ANTs read it.
     """
+    from scripts.data.files import listed
     from scripts.registration.invert import invert
 
-    invert(names(transform), str(reference), str(output))
+    invert(listed(transform), reference, output)
 
 
 def check(
@@ -174,7 +168,7 @@ def check(
         "moving_series": moving_series,
         "fixed_series": fixed_series,
     }
-    if check_dataset(str(dataset_dir), label_values, labels, patient_pattern, num_workers, **options):
+    if check_dataset(dataset_dir, label_values, labels, patient_pattern, num_workers, **options):
         sys.exit(1)
 
 
@@ -247,8 +241,7 @@ def sweep(
     """
     from scripts.phantoms.sweep import convert
 
-    angles = None if angles is None else str(angles)
-    convert(str(frames), str(output), axis_offset, angles, pixel_spacing, spacing, max_gap, probe, superior)
+    convert(frames, output, axis_offset, angles, pixel_spacing, spacing, max_gap, probe, superior)
 
 
 def demo(
@@ -265,13 +258,18 @@ def demo(
         train: train the learned initial transform on phantoms for about two minutes, from nothing, and register by it.
         iterations: training steps; the default is that of configs/demo.yaml.
     """
+    from scripts.data.checks import InputError
     from scripts.study.demo import register_phantoms, train_on_phantoms
 
-    folder = Path(output_dir).resolve()
+    if train and pairs is not None:
+        raise InputError("--pairs has no meaning with --train True")
+    if iterations is not None and not train:
+        raise InputError("--iterations has no meaning without --train True")
+    folder = Path(output_dir).absolute()
     if train:
         train_on_phantoms(folder, iterations)
     else:
-        register_phantoms(folder, None if pairs is None else str(pairs))
+        register_phantoms(folder, pairs)
 
 
 def crossval(
@@ -313,16 +311,16 @@ def crossval(
         base: an overlay for all variants, below their own, for example configs/real_pairs_cpu.yaml.
         settings: any setting of configs/train.json, for all folds, for example --iterations 20000.
     """
+    from scripts.data.files import listed
     from scripts.data.renamed import SETTINGS, current
     from scripts.study.crossval import cross_validate
 
-    chosen = None if only is None else names(only)
     failed = cross_validate(
-        *(str(dataset_dir), str(output_dir), folds, names(variants), fold_seed),
+        *(dataset_dir, output_dir, folds, listed(variants), fold_seed),
         address,
         cores_per_fold,
-        chosen,
-        None if base is None else str(base),
+        None if only is None else listed(only),
+        base,
         current(settings, SETTINGS),
     )
     if failed:
@@ -360,7 +358,7 @@ def report(output_dir: str, variant: str | None = None, dataset_dir: str | None 
     """
     from scripts.study.report import report as write
 
-    print(write(str(output_dir), None if variant is None else str(variant), dataset_dir and str(dataset_dir)))
+    print(write(output_dir, variant, dataset_dir))
 
 
 def check_config(path: str) -> None:
@@ -379,33 +377,38 @@ def check_config(path: str) -> None:
     """
     from scripts.bundle.config_check import judge, table
 
-    entries = judge(str(path))
+    entries = judge(path)
     print(table(entries))
     if any(entry.finding for entry in entries):
         sys.exit(1)
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):  # Fire calls a bare --help of a verb with required arguments an error
-        arguments = [a for a in arguments[:1] if not a.startswith("-")] + ["--", "--help"]
+    words = sys.argv[1:]
+    verbs = (register, apply, invert, check, phantom, sweep, demo, crossval, report, release, check_config)
+    named = {verb.__name__: verb for verb in verbs}
     try:
-        import fire
+        if not words or {"-h", "--help"} & set(words):  # a bare --help of a verb with required arguments is an error
+            import fire
 
-        verbs = (register, apply, invert, check, phantom, sweep, demo, crossval, report, release, check_config)
-        fire.Fire({verb.__name__: verb for verb in verbs}, arguments, name="python -m scripts")
+            shown = [word for word in words[:1] if not word.startswith("-")]
+            fire.Fire(named, [*shown, *["--", "--help"] * bool(words)], name="python -m scripts")
+        else:
+            from scripts.bundle.command_line import call
+
+            call(named, words)
     except KeyboardInterrupt:
         from scripts.data.checks import INTERRUPTED
 
         print(INTERRUPTED, file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as shells say it
     except Exception as error:
-        from scripts.data.checks import refusal
+        from scripts.data.checks import one_line, refusal
 
         refused = refusal(error)
         if refused is None:
             raise
-        print(f"error: {refused}", file=sys.stderr)
+        print(f"error: {one_line(refused)}", file=sys.stderr)
         sys.exit(1)
     finally:
         gc.freeze()  # nothing is collected again on the way out

@@ -1,1 +1,1 @@
-"""The bundle: how a config is run, what it would execute, the release. May import `training` and what is below."""
+"""The bundle: how a command line is read and a config run, what it would execute, the release. May import `data`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scripts.data.checks import SUMS, InputError, known_hashes
 from scripts.data.files import written_whole
+from scripts.data.kept import refuse_overlap
 from scripts.data.root import ROOT
 
 NAME = "prostate_mr_trus_registration"
@@ -66,6 +67,7 @@ def build(output_dir: str | Path, root: Path = ROOT) -> Path:
     sums = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items()]
     files[SUMS] = "".join(sums).encode()
     path = Path(output_dir) / f"{NAME}_v{version}.zip"
+    refuse_overlap([root / name for name in files if name != SUMS], [path, path.with_suffix(".zip.sha256")])
     with written_whole(path, "wb") as file, zipfile.ZipFile(file, "w") as archive:
         for name, data in sorted(files.items()):
             entry = zipfile.ZipInfo(f"{NAME}/{name}", DATE)

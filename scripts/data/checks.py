@@ -40,7 +40,7 @@ def repaired(path: str | Path, what: str) -> None:
 def refusal(error: BaseException | None) -> InputError | None:
     """The `InputError` behind an exception, however many layers wrapped it; None if there is none.
 
-    A loader's process that died and a GPU whose memory ran out are refusals too.
+    A loader's process that died, a GPU whose memory ran out and a file that the system refuses are refusals too.
     """
     while error is not None:
         text = str(error)
@@ -50,8 +50,15 @@ def refusal(error: BaseException | None) -> InputError | None:
             return InputError(f"a process that reads data {died[1]}; if memory ran out, lower --num_workers")
         if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
             return InputError(f"{text.splitlines()[0]} --cohort_device cpu or --device cpu need less of the GPU")
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            return InputError(f"{error.filename}: {error.strerror}")
         error = error.__cause__ or error.__context__
     return None
+
+
+def one_line(refused: InputError) -> str:
+    """The message of a refusal without what would break its line, as a file's name may."""
+    return " ".join(str(refused).splitlines())
 
 
 def refuse_in_one_line() -> None:
@@ -64,18 +71,18 @@ def refuse_in_one_line() -> None:
     def hook(kind, value, trace) -> None:
         found = refusal(value)
         if found is not None:
-            print(f"error: {found}", file=sys.stderr)
+            print(f"error: {one_line(found)}", file=sys.stderr)
         elif issubclass(kind, KeyboardInterrupt):
             print(INTERRUPTED, file=sys.stderr)
         else:
             previous(kind, value, trace)
 
-    def one_line(message, category, *where) -> str:
+    def in_one_line(message, category, *where) -> str:
         return f"repaired: {message}\n" if category is Repaired else usual(message, category, *where)
 
     if getattr(previous, "__module__", None) != __name__:
         sys.excepthook = hook
-        warnings.formatwarning = one_line
+        warnings.formatwarning = in_one_line
     for handler in logging.getLogger().handlers:
         handler.addFilter(_said_once)
 

@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from scripts.data.checks import InputError, check_case_name
+from scripts.data.files import readable
+from scripts.data.kept import refuse_overlap
 
 FOLDERS = (  # (moving_image, fixed_image, moving_label, fixed_label)
     ("moving_images", "fixed_images", "moving_labels", "fixed_labels"),
@@ -27,8 +29,11 @@ IMAGES, LABELS = KEYS[:2], KEYS[2:]
 TRUTH = "true_ddf"  # folder and key of the true displacement, which phantoms have
 OPTIONS = ("moving_spacing", "fixed_spacing", "moving_series", "fixed_series")  # see `scripts.data.pairs.LoadPaird`
 SUFFIXES = (".nii.gz", ".nii", ".hdr", ".mha", ".mhd", ".seg.nrrd", ".nrrd", ".nhdr", ".dcm", ".dicom", ".ima")
-# images that a registration leaves
-RESULTS = ("warped_moving_image.nii.gz", "warped_moving_label.nii.gz", "ddf.nii.gz")
+RESULTS = (  # what a registration leaves in its folder, or removes there because it is of an earlier one
+    *("warped_moving_image.nii.gz", "warped_moving_label.nii.gz", "ddf.nii.gz", "overview.png", "qc.json", "qa.json"),
+    # those of `scripts.data.formats`, whose imports take seconds; a test compares them
+    *("ddf.h5", "niftyreg.nii.gz", "transformix.txt", "registration.dcm", "warped_moving_image"),
+)
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
 
 
@@ -42,16 +47,16 @@ def image_files(folder: Path) -> dict[str, Path]:
     """Case name -> image file or DICOM folder."""
     if not folder.is_dir():
         raise InputError(f"{folder}: folder not found")
-    paths = [
-        p
-        for p in sorted(folder.iterdir())
-        if not p.name.startswith(".") and (p.is_dir() or p.name.lower().endswith(SUFFIXES))
-    ]
-    names = [case_name(p) for p in paths]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise InputError(f"{folder}: more than one file for case {twice[0]}")
-    return dict(zip(names, paths, strict=True))
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        known = readable(path)  # of a link without a suffix, what it leads to
+        if path.name.startswith(".") or not (path.is_dir() or known.lower().endswith(SUFFIXES)):
+            continue
+        case = case_name(path)
+        if case in found:
+            raise InputError(f"{folder}: more than one file for case {case}: {found[case].name} and {path.name}")
+        found[case] = path
+    return {case: Path(readable(path)) for case, path in found.items()}
 
 
 def _pairs_in_folder(folder: Path, labels: bool) -> list[dict[str, str]]:
@@ -104,7 +109,8 @@ def _pairs_in_json(path: Path, labels: bool) -> dict[str, list[dict[str, str]]]:
             absent = next((p for p in pair.values() if not Path(p).exists()), None)
             if absent:
                 raise InputError(f"{absent}: named in {path} but not found")
-            pair["case"] = str(item.get("case", case_name(pair["fixed_image"])))
+            case = str(item.get("case", case_name(pair["fixed_image"])))
+            pair = {k: readable(p) for k, p in pair.items()} | {"case": case}
             pair |= {k: item[k] for k in OPTIONS if k in item}
             if "patient" in item:
                 pair["patient"] = str(item["patient"])
@@ -194,29 +200,43 @@ def datalist(
     return splits.get(split, [])
 
 
-def check_output(output_dir: str, pairs: Sequence[dict[str, str]] = ()) -> None:
-    """Refuse a folder for results that cannot be written, or in which they would become or replace inputs.
+def check_output(
+    output_dir: str,
+    pairs: Sequence[dict[str, str]] = (),
+    inputs: Sequence[str | Sequence[str] | None] = (),
+    names: Sequence[str] = RESULTS,
+    case_folders: bool = True,
+    others: Sequence[str] = (),
+) -> None:
+    """Refuse a folder for results that cannot be written, or in which they would replace, remove or join inputs.
 
     Args:
         output_dir: need not exist.
         pairs: of the datalist.
+        inputs: other files that are read: weights, a transform, a datalist. What is no file is passed over, such as
+            the names of initial transforms.
+        names: of what is written, patterns (*) among them.
+        case_folders: whether it is written into a folder for each pair.
+        others: more files that are written.
 
     Raises:
-        InputError: see above.
+        InputError: see above, and `scripts.data.kept.refuse_overlap`.
     """
-    folder = Path(output_dir).resolve()
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    folder = Path(output_dir)
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
     try:
         tempfile.TemporaryFile(dir=there).close()  # asking for permissions tells root and full disks nothing
     except OSError as error:
         raise InputError(f"{output_dir}: cannot be written, {there}: {error.strerror}") from error
-    for pair in pairs:
-        for path in (Path(pair[key]).resolve() for key in (*KEYS, TRUTH) if key in pair):
-            named = path.parent if path.parent.name in (*sum(FOLDERS, ()), TRUTH) else path
-            if folder.is_relative_to(named):
-                raise InputError(f"{output_dir}: lies in the input {named}; choose another --output_dir")
-            if path.parent in (folder, folder / pair["case"]) and path.name in RESULTS:
-                raise InputError(f"{output_dir}: results would replace the input {path}; choose another --output_dir")
+    reads = [Path(pair[key]) for pair in pairs for key in (*KEYS, TRUTH) if key in pair]
+    reads += [path.parent for path in reads if path.absolute().parent.name in (*sum(FOLDERS, ()), TRUTH)]
+    given = [path for one in inputs if one for path in ([one] if isinstance(one, str | Path) else one)]
+    reads += [Path(path) for path in given if Path(path).is_file()]
+    places = [folder / pair["case"] for pair in pairs] if case_folders else [folder]
+    written = [
+        path for place in places for name in names for path in (place.glob(name) if "*" in name else [place / name])
+    ]
+    refuse_overlap(reads, [*written, *others], "--output_dir")
 
 
 def _refuse_shared_patients(root: Path, splits: dict[str, list[dict[str, str]]]) -> None:

@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from scripts.data.checks import InputError
+from scripts.data.kept import links
+
+FORMATS = (  # how the names of files end that tell a reader what they are
+    *(".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".npy", ".png"),
+    *(".h5", ".tfm", ".txt", ".mat", ".csv", ".json", ".yaml"),
+)
+
+
+def readable(path: str | Path) -> str:
+    """The name by which a reader knows what a file is: its own, or, of a link without a suffix, what it leads to.
+
+    Links are otherwise not followed: what lies beside the link belongs to it, and what it leads to may have no suffix.
+    """
+    named = (str(entry) for entry in links(path) if entry.name.lower().endswith(FORMATS))
+    return str(path) if Path(path).is_dir() else next(named, str(path))
+
+
+def listed(value: str | Sequence[str]) -> list[str]:
+    """What a text with commas, or one that is a Python list, lists; a comma in the name of what is there parts nothing.
+
+    Example:
+        ``listed("a.nii.gz,b.nii.gz")``
+    """
+    if not isinstance(value, str):
+        return [str(one).strip() for one in value]
+    if value.startswith("[") and not os.path.exists(value):
+        with suppress(ValueError, SyntaxError, TypeError):
+            return listed(ast.literal_eval(value))
+    parts, found = value.split(","), []
+    while parts:
+        joined = {",".join(parts[:n]): n for n in range(len(parts), 0, -1)}
+        there = (name for text in joined for name in ((text, joined[text]), (text.strip(), joined[text])))
+        name, count = next(((text, n) for text, n in there if os.path.exists(text)), (parts[0].strip(), 1))
+        found.append(name)
+        parts = parts[count:]
+    return found
 
 
 @contextmanager
@@ -93,10 +130,13 @@ def written_together(folder: Path, stale: Iterable[str] = ()) -> Iterator[Path]:
         yield partial
         written = sorted(partial.iterdir(), key=lambda path: path.stat().st_mtime_ns)
         with alone_in(folder):
-            for name in {*stale, *(path.name for path in written)}:
+            for name in {*stale, *(path.name for path in written if path.is_dir())}:
                 _remove_slices(folder / name)
             for path in written:
-                path.replace(folder / path.name)
+                try:
+                    path.replace(folder / path.name)
+                except OSError as error:
+                    raise InputError(f"{folder / path.name}: cannot be written: {error.strerror}") from error
             for name in set(stale) - {path.name for path in written}:
                 (folder / name).unlink(missing_ok=True)
     finally:

@@ -25,6 +25,8 @@ from torch import Tensor
 from scripts.data import checks, dicom
 from scripts.data.checks import InputError
 from scripts.data.colour import grey
+from scripts.data.files import readable
+from scripts.data.kept import refuse_overlap
 from scripts.network import fields
 
 MAX_GAP = 5.0  # degrees; see `reconstruct`
@@ -185,6 +187,12 @@ def _extent(angles: Tensor, inner: float, outer: float) -> tuple[np.ndarray, np.
     return corners.min(axis=(0, 2)), corners.max(axis=(0, 2))
 
 
+def angles_of(path: str | Path, angles: str | Path | None) -> Path:
+    """The table of the angles of a source of frames: the one that is named, else the one that lies with it."""
+    path = Path(path)
+    return Path(angles) if angles is not None else (path if path.is_dir() else path.parent) / "angles.csv"
+
+
 def read_frames(
     path: str | Path, angles: str | Path | None = None, probe: str = "top", superior: str = "right"
 ) -> Sweep:
@@ -229,7 +237,7 @@ def read_frames(
     frames = frames.flip([axis for axis, turned in ((1, probe == "bottom"), (2, superior == "left")) if turned])
     _check_frames(path, frames)
     checks.check_image(path, array)
-    table = Path(angles) if angles is not None else (path if path.is_dir() else path.parent) / "angles.csv"
+    table = angles_of(path, angles)
     recorded = torch.tensor(_read_angles(table, len(frames), names), dtype=torch.float64)
     _check_angles(table, recorded, len(frames))
     return Sweep(frames, recorded, spacing)
@@ -364,6 +372,19 @@ def _lengths(name: str, value: float | Sequence[float], count: int) -> np.ndarra
     return lengths
 
 
+def volume_and_mask(output: str | Path) -> tuple[Path, Path]:
+    """The two files that a sweep becomes.
+
+    Raises:
+        InputError: the name is not that of a NIfTI file.
+    """
+    output = Path(output)
+    suffix = next((s for s in (".nii.gz", ".nii") if output.name.endswith(s)), None)
+    if suffix is None:
+        raise InputError(f"{output}: the volume is written as NIfTI; choose a name that ends in .nii.gz")
+    return output, output.with_name(output.name.removesuffix(suffix) + "_inside" + suffix)
+
+
 def save_sweep(output: str | Path, swept: SweptVolume) -> Path:
     """Write NAME.nii.gz, float32, and its mask NAME_inside.nii.gz, uint8, beside it; returns the mask's path.
 
@@ -376,11 +397,7 @@ def save_sweep(output: str | Path, swept: SweptVolume) -> Path:
     from scripts.data.files import written_together
     from scripts.data.volumes import save_volume
 
-    output = Path(output)
-    suffix = next((s for s in (".nii.gz", ".nii") if output.name.endswith(s)), None)
-    if suffix is None:
-        raise InputError(f"{output}: the volume is written as NIfTI; choose a name that ends in .nii.gz")
-    mask = output.with_name(output.name.removesuffix(suffix) + "_inside" + suffix)
+    output, mask = volume_and_mask(output)
     affine = swept.affine.cpu().numpy()
     try:
         with written_together(output.parent) as partial:
@@ -405,10 +422,11 @@ def convert(
     """Read a sweep, reconstruct it, write it and say what came of it; see the `sweep` verb.
 
     Raises:
-        InputError: any refusal of the above; no pixel spacing; the output would replace the frames.
+        InputError: any refusal of the above; no pixel spacing; the output would replace the frames or
+            the angles, or lie in their folder.
     """
-    if Path(output).resolve() == Path(frames).resolve():
-        raise InputError(f"{output}: would replace the frames; choose another --output")
+    frames = readable(frames)
+    refuse_overlap([frames, angles_of(frames, angles)], volume_and_mask(output), "--output")
     sweep = read_frames(frames, angles, probe, superior)
     pixel_spacing = sweep.pixel_spacing if pixel_spacing is None else pixel_spacing
     if pixel_spacing is None:

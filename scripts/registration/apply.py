@@ -22,8 +22,9 @@ from scripts.data import checks
 from scripts.data.checks import InputError
 from scripts.data.datalist import image_files
 from scripts.data.dicom import holds_slices
-from scripts.data.files import written_together
+from scripts.data.files import readable, written_together
 from scripts.data.formats import Displacement, Step, forward, read_transform
+from scripts.data.kept import refuse_overlap
 from scripts.data.labels import load_maps
 from scripts.data.points import kind_of, read_points
 from scripts.data.volumes import load_volume, save_volume
@@ -38,7 +39,7 @@ OUTSIDE, FOLDS = "outside the field", "the field folds here"
 
 def compose(paths: Sequence[str | Path]) -> list[Step]:
     """The steps of several transform files, named in the order in which the moving image goes through them."""
-    return [step for path in reversed(paths) for step in read_transform(path)]
+    return [step for path in reversed(paths) for step in read_transform(readable(path))]
 
 
 def backward(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor, list[str]]:
@@ -166,6 +167,7 @@ def grid_of(steps: Sequence[Step], reference: str | None) -> tuple[Tensor, tuple
 
 def apply_to_images(
     steps: Sequence[Step],
+    transforms: Sequence[str],
     moving: str,
     reference: str | None,
     output: str,
@@ -174,7 +176,7 @@ def apply_to_images(
     moving_spacing: float | Sequence[float] | None = None,
     moving_series: str | int | None = None,
 ) -> None:
-    """Warp one image, or every image of a folder; see the `apply` verb.
+    """Warp one image, or every image of a folder, by `steps` of the files `transforms`; see the `apply` verb.
 
     Raises:
         InputError: a file that cannot be used; of a folder, after the others are done.
@@ -200,12 +202,13 @@ def apply_to_images(
         one(moving, Path(output))
         print(f"{output}: {moving} on the fixed grid, {' × '.join(map(str, size))} voxels")
         return
-    if Path(moving).resolve() in Path(output).resolve().parents:
-        raise InputError(f"{output}: lies in the folder of moving images; choose another --output")
+    targets = {case: Path(output) / f"{case}.nii.gz" for case in files}
+    reads = [moving, *files.values(), *transforms, *([reference] if reference is not None else [])]
+    refuse_overlap(reads, targets.values(), "--output")
     refused = []
     for case, source in tqdm(files.items(), desc="apply", unit="image"):
         try:
-            one(source, Path(output) / f"{case}.nii.gz")
+            one(source, targets[case])
         except InputError as error:
             refused.append(str(error))
             tqdm.write(f"refused: {error}")
@@ -270,16 +273,15 @@ def apply(
         InputError: settings that do not go together; any refusal of the above.
     """
     _check_settings(locals())
-    given = [*transforms, *(p for p in (moving, reference, points) if p is not None)]
-    if Path(output).resolve() in {Path(p).resolve() for p in given}:
-        raise InputError(f"{output}: would replace an input; choose another --output")
+    moving, reference, points = (None if p is None else readable(p) for p in (moving, reference, points))
+    refuse_overlap([*transforms, *(p for p in (moving, reference, points) if p is not None)], [output], "--output")
     steps = compose(transforms)
     if points is not None:
         apply_to_points(steps, points, points_from, coordinates, output)
     else:
-        apply_to_images(
-            steps, moving, reference, output, label, interpolation or "linear", moving_spacing, moving_series
-        )
+        files = (moving, reference, output)
+        told = (label, interpolation or "linear", moving_spacing, moving_series)
+        apply_to_images(steps, transforms, *files, *told)
     print(NOTICE)
 
 

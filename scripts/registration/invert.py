@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from scripts.data.checks import InputError
-from scripts.data.files import written_together
+from scripts.data.files import readable, written_together
 from scripts.data.formats import Step, save_displacement
+from scripts.data.kept import refuse_overlap
 from scripts.data.volumes import load_volume, save_volume
 from scripts.network import fields
 from scripts.registration.apply import backward, compose
@@ -60,11 +62,9 @@ def invert(transforms: Sequence[str], reference: str, output: str) -> None:
     if not output.lower().endswith((".nii", ".nii.gz")):
         raise InputError(f"{output}: the inverse is written as NIfTI; choose a name that ends in .nii.gz")
     target = Path(output)
-    mask_file = target.with_name(target.name.replace(".nii", "_known.nii"))
-    inputs = {Path(path).resolve() for path in (*transforms, reference)}
-    if {target.resolve(), mask_file.resolve()} & inputs:
-        raise InputError(f"{output}: would replace an input; choose another --output")
-    grid = load_volume(reference)
+    mask_file = target.with_name(re.sub(r"(\.nii(\.gz)?)$", r"_known\1", target.name, flags=re.IGNORECASE))
+    refuse_overlap([*transforms, reference], [target, mask_file], "--output")
+    grid = load_volume(readable(reference))
     affine, size = grid.affine.double(), tuple(grid.shape[1:])
     field, known, residual = inverse_field(compose(transforms), affine, size)
     with written_together(target.parent) as partial:

@@ -13,7 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from scripts.bundle.workflow import absolute
+from scripts.bundle.settings import check_settings
+from scripts.bundle.workflow import absolute, import_monai
 from scripts.data.checks import InputError
 from scripts.data.datalist import check_output, datalist
 from scripts.data.root import CONFIGS, ROOT
@@ -24,6 +25,8 @@ from scripts.study.watch import STOPPED, watch
 
 OWN = ("dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "fold", "fold_count", "resume", "split", "weights_name")
 PATHS = ("initial_weights", "segmentation_path")
+OPTIONS = ("dataset_dir", "output_dir", "folds", "variants", "fold_seed", "address", "cores_per_fold", "only", "base")
+TABLES = ("cases.csv", "landmarks.csv", "patients.csv", "statistics.csv", "folds.json")
 
 
 def on_ray(runs: Sequence[Run], address: str | None, cores: int | None) -> dict[Run, Future]:
@@ -99,29 +102,31 @@ def cross_validate(
     if len(overlays) < len(variants):
         raise InputError(f"--variants {','.join(variants)}: two of one name")
     settings = {k: absolute(v) if k in PATHS and v else v for k, v in (settings or {}).items()}
-    known = merged([CONFIGS / "train.json", *sum(overlays.values(), [])])
     for name in (k.split("#")[0] for k in settings):
-        if name in OWN or name not in known:
-            why = "is set for each fold" if name in OWN else "is no setting of configs/train.json"
-            raise InputError(f"--{name}: {why}")
+        if name in OWN:
+            raise InputError(f"--{name}: is set for each fold")
+    import_monai()
+    files = list(dict.fromkeys([CONFIGS / "train.json", *sum(overlays.values(), [])]))
+    check_settings(settings, [str(file) for file in files], "crossval", OPTIONS)
     for variant in variants:
         for name, own in merged(overlays_of(variant)).items():
             if name in settings and settings[name] != own:
                 print(f"{variant} sets {name} to {own} itself; --{name} {settings[name]} overrides it", flush=True)
-    output = Path(output_dir).resolve()
+    output = Path(output_dir).absolute()
     plan = {
         "fold_seed": fold_seed,
         "base": merged(below),
         "settings": settings,
         "folds": deal(dataset_dir, fold_count, fold_seed, settings.get("patient_pattern")),
     }
-    runs = runs_of(overlays, plan, str(Path(dataset_dir).resolve()), output)
+    runs = runs_of(overlays, plan, str(absolute(dataset_dir)), output)
     chosen = runs
     if only is not None:
         chosen = [run for name in only for run in runs if f"{run.variant}:{run.fold}" == name]
         if len(chosen) < len(only):
             raise InputError(f"--only {','.join(only)}: give VARIANT:FOLD, folds from 0 to {fold_count - 1}")
-    check_output(output_dir, datalist(dataset_dir, "train"))
+    inputs = [dataset_dir, *files, *(settings.get(name) for name in PATHS)]
+    check_output(output_dir, datalist(dataset_dir, "train"), inputs, TABLES, case_folders=False)
     output.mkdir(parents=True, exist_ok=True)
     write_plan(output / "folds.json", plan)
     todo = [run for run in chosen if not run.done]

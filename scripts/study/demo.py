@@ -10,6 +10,7 @@ from statistics import median
 
 from scripts.bundle.workflow import register, run_config
 from scripts.data.checks import InputError
+from scripts.data.kept import refuse_overlap
 from scripts.data.root import ROOT
 from scripts.study.evaluation import WORDS
 
@@ -35,14 +36,18 @@ def new_folder(folder: Path) -> None:
 
 def register_phantoms(folder: Path, pairs: str | None) -> None:
     """Register phantoms, and the first of real pairs where they are given, with the weights of this bundle."""
-    from scripts.data.datalist import datalist
+    from scripts.data.datalist import KEYS, datalist
     from scripts.phantoms.phantom import write_cohort
 
+    found = [] if pairs is None else datalist(pairs, "test")
+    if pairs is not None and not found:
+        raise InputError(f"{pairs}: no pairs to test")
+    refuse_overlap([pair[key] for pair in found for key in KEYS if key in pair], [folder])
     new_folder(folder)
     write_cohort(folder / "cohort", patients=PHANTOMS, seed=SEED, split=(0, 0, 1))
     show(folder, None, dataset_dir=str(folder / "cohort"))
     if pairs is not None:
-        pair = datalist(pairs, "test")[0]
+        pair = found[0]
         files = {f"{side}{kind}": pair[f"{side}_{key}"] for side in ("moving", "fixed") for kind, key in KINDS}
         register(output_dir=str(folder / "real"), **files)
         record = json.loads((folder / "real" / "qc.json").read_text(encoding="utf-8"))

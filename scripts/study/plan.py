@@ -41,17 +41,28 @@ class Run(NamedTuple):
         return (Path(self.folder) / DONE).exists()
 
 
+def parts_of(variant: str) -> list[str]:
+    """What + joins in a variant; one in the path of a file that is there joins nothing."""
+    parts, found = variant.split("+"), []
+    while parts:
+        files = (n for n in range(len(parts), 1, -1) if Path("+".join(parts[:n])).is_file())
+        count = next(files, 1)
+        found.append("+".join(parts[:count]))
+        parts = parts[count:]
+    return found
+
+
 def overlays_of(variant: str) -> list[Path]:
     """The overlays of a variant, in order: those of each of its parts, which + joins.
 
     A part is "baseline", which has none; NAME of configs/variant_NAME.yaml or of configs/NAME.yaml; or a file.
     """
     found = []
-    for part in variant.split("+"):
+    for part in parts_of(variant):
         if part == "baseline":
             continue
         named = [CONFIGS / f"variant_{part}.yaml", CONFIGS / f"{part}.yaml"]
-        places = [Path(part).resolve()] if part.endswith((".yaml", ".json")) else named
+        places = [Path(part).absolute()] if part.endswith((".yaml", ".json")) else named
         path = next((p for p in places if p.is_file()), None)
         if path is None:
             known = ", ".join(sorted(p.stem.removeprefix("variant_") for p in CONFIGS.glob("variant_*.yaml")))
@@ -62,7 +73,7 @@ def overlays_of(variant: str) -> list[Path]:
 
 def name_of(variant: str) -> str:
     """What a variant's folder and rows are called: its parts, of files the name, joined by +."""
-    return "+".join(Path(part).stem.removeprefix("variant_") for part in variant.split("+"))
+    return "+".join(Path(part).stem.removeprefix("variant_") for part in parts_of(variant))
 
 
 def merged(files: Iterable[Path]) -> dict[str, Any]:

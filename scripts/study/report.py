@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from scripts.bundle.command_line import LISTS, TEXTS
 from scripts.data.checks import InputError
+from scripts.data.datalist import check_output
 from scripts.data.files import write_csv, written_whole
 from scripts.data.root import CONFIGS
 from scripts.registration.outputs import NOTICE
@@ -40,6 +42,8 @@ from scripts.study.report_tables import (
 
 BOXES = {"tre_mm": "TRE (mm)", "dsc": "gland DSC (no unit)", "true_error_mm": "true error in the gland (mm)"}
 BEFORE = "initial transform alone"
+TYPED = (*TEXTS, *LISTS, "base", "variants")  # what a command line takes as it stands
+PAGE = ("report.html", "table1.csv", "table2.csv", "figures.pdf", "*.png")  # what is written
 BOX = (
     "of every held-out case (dots; how many in brackets) with median and quartiles; whiskers reach to the last case"
     " within 1.5 times the interquartile range; grey: not trained."
@@ -68,7 +72,7 @@ def report(output_dir: str | Path, variant: str | None = None, dataset_dir: str 
     Raises:
         InputError: no such folder, no tables, nothing complete, no such variant, the data set is gone.
     """
-    output = Path(output_dir).resolve()
+    output = Path(output_dir).absolute()
     if not output.is_dir():
         raise InputError(f"{output}: no such folder; give the --output_dir of a cross-validation")
     if not (output / "folds.json").is_file():
@@ -82,6 +86,7 @@ def report(output_dir: str | Path, variant: str | None = None, dataset_dir: str 
         )
     best = best_of(methods)
     first, folder = next(iter(methods)), output / "report"
+    check_output(str(folder), (), [dataset_dir], PAGE, case_folders=False)
 
     if "none" not in methods:
         methods[f"{BEFORE} ({first})"] = initial_alone(methods[first])
@@ -212,7 +217,7 @@ def typed(name: str, overlays: Sequence[Path]) -> tuple[str, str]:
 
 def flag(name: str, value: Any) -> str:
     """A setting as it is typed."""
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z./~][^'\"]*", value)
+    plain = isinstance(value, str) and (name in TYPED or re.fullmatch(r"[A-Za-z./~][^'\"]*", value))
     return f"--{name} {shlex.quote(value if plain else repr(value))}"
 
 

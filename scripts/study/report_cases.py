@@ -147,10 +147,10 @@ def register_case(wanted: Mapping[str, Any], run: Path, overlays: Sequence[Path]
     (folder / MADE).unlink(missing_ok=True)
     known = set(json.loads((CONFIGS / "inference.json").read_text(encoding="utf-8")))
     settings = {k: v for k, v in wanted["settings"].items() if k.split("#")[0] in known}
-    settings |= {"datalist": [wanted["pair"]], "case_folders": False, "ckpt_path": str((run / WEIGHTS).resolve())}
+    settings |= {"datalist": [wanted["pair"]], "case_folders": False, "ckpt_path": str((run / WEIGHTS).absolute())}
     with quiet():
         for where, more in ((folder, {}), (folder / "before", {"use_network": False, "refine_steps": 0})):
-            run_config("inference.json", *overlays, **settings | more | {"output_dir": str(where.resolve())})
+            run_config("inference.json", *overlays, **settings | more | {"output_dir": str(where.absolute())})
     with written_whole(folder / MADE) as file:
         file.write(json.dumps(wanted, indent=1) + "\n")
 

@@ -167,7 +167,13 @@ def test_the_commands_run(bundle):
         assert result.returncode == 0, f"{command}\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}"
         done.append(words)
     left = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    wanted = {"out/ddf.nii.gz", "out/overview.png", "out/qc.json", "runs/train/model.pt", "runs/segmentation/segmentation.pt"}
+    wanted = {
+        "out/ddf.nii.gz",
+        "out/overview.png",
+        "out/qc.json",
+        "runs/train/model.pt",
+        "runs/segmentation/segmentation.pt",
+    }
     wanted |= {"eval/cases.csv", "mr_on_trus.nii.gz", "zones_on_trus.nii.gz", "on_trus.mrk.json", "on_mr.csv"}
     assert wanted <= left and len(done) >= 10
 

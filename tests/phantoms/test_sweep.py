@@ -475,7 +475,7 @@ def test_damaged_files_are_refused(recorded):
 def test_an_output_that_is_no_nifti_name_or_the_input_itself_is_refused(recorded):
     folder, frames, _ = recorded
     sitk.WriteImage(sitk.GetImageFromArray(frames), str(folder / "a.nii.gz"))
-    for output, message in (("a.nii.gz", "replace the frames"), ("b.mha", "ends in .nii.gz")):
+    for output, message in (("a.nii.gz", "replace the input"), ("b.mha", "ends in .nii.gz")):
         with pytest.raises(InputError, match=message):
             convert(folder / "a.nii.gz", folder / output, axis_offset=5, pixel_spacing=(0.3, 0.2))
     assert sorted(p.name for p in folder.iterdir()) == ["a.nii.gz", "angles.csv"]

@@ -240,7 +240,7 @@ def test_a_folder_is_warped_whole_and_a_bad_file_in_it_is_named(tmp_path, capsys
     assert np.array_equal(alone, among)
     assert "Research use only" in capsys.readouterr().out
 
-    with pytest.raises(InputError, match="lies in the folder of moving images"):
+    with pytest.raises(InputError, match="lies in the input"):
         apply([path], str(folder / "warped"), moving=str(folder))
     (folder / "patient0.nii.gz").write_text("no image")
     with pytest.raises(InputError, match="1 of 3 images refused, the others are written; first .*patient0"):
@@ -261,7 +261,7 @@ def test_what_does_not_go_together_is_refused_and_leaves_nothing(tmp_path):
         ("give either --moving", out, {}),
         ("give either --moving", out, {"moving": moving, "points": points}),
         ("ends in .nii.gz", str(tmp_path / "out.mha"), {"moving": moving}),
-        ("would replace an input", moving, {"moving": moving}),
+        ("would replace the input", moving, {"moving": moving}),
         ("interpolation sinc", out, {"moving": moving, "interpolation": "sinc"}),
         ("leave out --interpolation", out, {"moving": moving, "label": True, "interpolation": "nearest"}),
         ("expected integers", out, {"moving": moving, "label": True}),

@@ -1,4 +1,4 @@
-"""What the shipped weights give for one phantom does not drift: `python tests/registration/test_golden.py` writes golden.json anew.
+"""What the shipped weights give for one phantom does not drift; run as a script, this writes golden.json anew.
 
 Write it only when weights, phantom or method are meant to change, and say so in the changelog.
 """

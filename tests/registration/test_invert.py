@@ -82,7 +82,7 @@ def test_what_cannot_be_inverted_is_refused_and_leaves_nothing(tmp_path):
     for reference, output, message in (
         (elsewhere, "inverse.nii.gz", "no inverse anywhere on the reference"),
         (mr, "inverse.mha", "written as NIfTI"),
-        (mr, "mr.nii.gz", "would replace an input"),
+        (mr, "mr.nii.gz", "would replace the input"),
         (str(tmp_path / "none.nii.gz"), "inverse.nii.gz", "file not found"),
     ):
         with pytest.raises(InputError, match=message):

@@ -335,7 +335,14 @@ def test_unknown_variants_settings_and_folds_are_refused(tmp_path):
     data, out = str(layout(tmp_path / "data", 4)), str(tmp_path / "out")
     refused("delta7: no such variant; known are baseline, alpha001", data, out, 2, ["delta7"])
     refused("two of one name", data, out, 2, ["baseline", "baseline"])
-    refused("--iteratons: is no setting", data, out, 2, ["baseline"], settings={"iteratons": 5})
+    refused(
+        "--iteratons: no such option of crossval; did you mean --iterations?",
+        data,
+        out,
+        2,
+        ["baseline"],
+        settings={"iteratons": 5},
+    )
     refused("--resume: is set for each fold", data, out, 2, ["baseline"], settings={"resume": True})
     refused("5 folds need at least 2 folds and as many patients", data, out, 5, ["baseline"])
     refused("--only baseline:2: give VARIANT:FOLD, folds from 0 to 1", data, out, 2, ["baseline"], only=["baseline:2"])

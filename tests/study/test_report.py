@@ -251,7 +251,7 @@ def test_figures_and_flags_are_written_to_be_read():
     ]
     assert typed("l2+mine", mine) == ("real_pairs_cpu", "l2+/x/mine.yaml")
     assert typed("baseline", mine[:2]) == ("real_pairs_cpu", "baseline") and typed("fine_tune", []) == ("", "fine_tune")
-    assert shlex.split(flag("patient_pattern", "(p.)_")) == ["--patient_pattern", "'(p.)_'"]  # Fire reads a string
+    assert shlex.split(flag("patient_pattern", "(p.)_")) == ["--patient_pattern", "(p.)_"]  # text stays as it is
 
 
 def test_long_headings_of_a_row_lie_on_no_picture_and_are_not_cut_off():
