@@ -19,6 +19,7 @@ bench: .venv/installed .venv-bench/installed  ## every comparison of docs/benchm
 	$(BIN)/python benchmarks/startup.py
 
 faults: .venv/installed-test  ## processes, disks and files that fail, repeated; the table of docs/reliability.md
+	$(BIN)/python -m pytest -q -m slow tests
 	$(BIN)/python benchmarks/faults.py
 	$(BIN)/python benchmarks/load.py
 

@@ -169,6 +169,7 @@ def test_properties_of_training_are_complete_from_another_folder(cohort, elsewhe
     assert workflow.bundle_root == str(ROOT)
 
 
+@pytest.mark.slow
 def test_the_shipped_network_exports_to_onnx_and_onnxruntime_computes_the_same(tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-test.txt")
     arguments = {

@@ -10,6 +10,7 @@ from scripts.network.networks import CompositeNet, ConvBN, GlobalNet, SummedDDFN
 
 ALL = (0, 1, 2, 3, 4)
 LOWER = (1, 2, 3, 4)
+EXACT = {"rtol": 1e-9, "atol": 1e-10}  # float64, whose sums each processor orders as it likes
 CLOSE = {"rtol": 1e-4, "atol": 5e-4}  # float32; the fields reach tens of voxels
 
 
@@ -201,16 +202,16 @@ def test_additive_upsampling_of_ones_is_two_and_interleaved_halves_differ():
 
 @pytest.mark.parametrize("size", [(21, 31, 17), (16, 33, 47)])
 def test_odd_sizes_come_back_at_their_size_and_equal_padding_by_hand(size):
-    net, x = trained(), image_pair(*size)
+    net, x = trained().double(), image_pair(*size).double()
     padded = [-(-n // 16) * 16 for n in size]
     low = [(p - n) // 2 for p, n in zip(padded, size, strict=True)]
     inside = tuple(slice(a, a + n) for a, n in zip(low, size, strict=True))
-    by_hand = torch.zeros(1, 2, *padded)
+    by_hand = torch.zeros(1, 2, *padded, dtype=torch.float64)
     by_hand[(slice(None), slice(None), *inside)] = x
     with torch.no_grad():
         ddf, expected = net(x), net(by_hand)[(slice(None), slice(None), *inside)]
     assert ddf.shape == (1, 3, *size)
-    torch.testing.assert_close(ddf, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ddf, expected, **EXACT)
 
 
 def test_each_pair_of_a_batch_is_registered_alone():
@@ -221,10 +222,10 @@ def test_each_pair_of_a_batch_is_registered_alone():
 
 @pytest.mark.parametrize("options", [{}, {"summands": LOWER}, {"additive": False, "skip_in_shortcut_only": True}])
 def test_torchscript_gives_the_same_field(options, tmp_path):
-    net, x = trained(**options), image_pair(21, 31, 17)
+    net, x = trained(**options).double(), image_pair(21, 31, 17).double()
     torch.jit.script(net).save(str(tmp_path / "net.ts"))
     with torch.no_grad():
-        torch.testing.assert_close(torch.jit.load(str(tmp_path / "net.ts"))(x), net(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.jit.load(str(tmp_path / "net.ts"))(x), net(x), **EXACT)
 
 
 @pytest.mark.parametrize("summands", [(), (0, 0), (5,), (-1, 0), (0, 1, 2, 3, 4, 5)])
@@ -380,7 +381,7 @@ def test_torchscript_gives_the_field_of_global_net(tmp_path):
     net, x = global_net(), image_pair(21, 31, 17)
     torch.jit.script(net).save(str(tmp_path / "net.ts"))
     with torch.no_grad():
-        torch.testing.assert_close(torch.jit.load(str(tmp_path / "net.ts"))(x), net(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.jit.load(str(tmp_path / "net.ts"))(x), net(x), **EXACT)
 
 
 def composite_net(composed=False, **options):

@@ -82,6 +82,7 @@ def scores(path, **wanted):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_a_killed_fold_and_a_killed_runner_leave_no_trace_in_the_tables(unsplit, tmp_path):
     pytest.importorskip("ray")
     killed, plain, told = tmp_path / "killed", tmp_path / "plain", tmp_path / "told.txt"

@@ -30,7 +30,7 @@ LEFT_OUT = pytest.mark.filterwarnings("ignore:step .* is left out")
 @pytest.mark.parametrize(
     ("fault", "tries"),
     [
-        (faults.killed_while_saving, 8),
+        (faults.killed_while_saving, 4),
         (faults.damaged, 40),
         (faults.full_disk, 3),
         (faults.read_only, 2),
