@@ -168,11 +168,11 @@ class Summand(nn.Module):
     def forward(self, features: list[Tensor], size: list[int], low: list[int], kept: list[int]) -> Tensor:
         """Arguments as in `resize_and_crop`."""
         x = features[self.index]
-        # in float32, also under autocast: half precision resolves a displacement of 10 voxels only to 0.06
+        # in float32 also under autocast: half precision resolves a displacement of 10 voxels only to 0.06
         if torch.jit.is_scripting():
-            return resize_and_crop(self.conv(x.float()), size, low, kept)
+            return resize_and_crop(self.conv(x.to(self.conv.weight.dtype)), size, low, kept)
         with torch.autocast(x.device.type, enabled=False):
-            return resize_and_crop(self.conv(x.float()), size, low, kept)
+            return resize_and_crop(self.conv(x.to(self.conv.weight.dtype)), size, low, kept)
 
 
 class Encoder(nn.Module):
@@ -368,7 +368,9 @@ class GlobalNet(Encoder):
         self._lay_out()
 
     def _connect(self, deep: Tensor) -> Tensor:
-        return self.connected(F.adaptive_avg_pool3d(deep.float(), self.deep_size).flatten(1)).view(-1, 3, 4)
+        return self.connected(
+            F.adaptive_avg_pool3d(deep.to(self.connected.weight.dtype), self.deep_size).flatten(1)
+        ).view(-1, 3, 4)
 
     def affine(self, image: Tensor) -> Tensor:
         """The affine map A, fixed -> moving coordinates in [-1, 1]³, shape (B, 3, 4); `image` as in `forward`."""

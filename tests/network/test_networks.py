@@ -378,7 +378,7 @@ def test_the_affine_map_is_computed_in_float32_when_global_net_runs_in_half_prec
 
 
 def test_torchscript_gives_the_field_of_global_net(tmp_path):
-    net, x = global_net(), image_pair(21, 31, 17)
+    net, x = global_net().double(), image_pair(21, 31, 17).double()
     torch.jit.script(net).save(str(tmp_path / "net.ts"))
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.load(str(tmp_path / "net.ts"))(x), net(x), **EXACT)
