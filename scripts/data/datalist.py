@@ -205,7 +205,7 @@ def check_output(
     pairs: Sequence[dict[str, str]] = (),
     inputs: Sequence[str | Sequence[str] | None] = (),
     names: Sequence[str] = RESULTS,
-    case_folders: bool = True,
+    case_folders: bool | None = None,
     others: Sequence[str] = (),
 ) -> None:
     """Refuse a folder for results that cannot be written, or in which they would replace, remove or join inputs.
@@ -216,7 +216,7 @@ def check_output(
         inputs: other files that are read: weights, a transform, a datalist. What is no file is passed over, such as
             the names of initial transforms.
         names: of what is written, patterns (*) among them.
-        case_folders: whether it is written into a folder for each pair.
+        case_folders: whether it is written into a folder for each pair; None for there and into `output_dir`.
         others: more files that are written.
 
     Raises:
@@ -232,7 +232,7 @@ def check_output(
     reads += [path.parent for path in reads if path.absolute().parent.name in (*sum(FOLDERS, ()), TRUTH)]
     given = [path for one in inputs if one for path in ([one] if isinstance(one, str | Path) else one)]
     reads += [Path(path) for path in given if Path(path).is_file()]
-    places = [folder / pair["case"] for pair in pairs] if case_folders else [folder]
+    places = [folder] * (not case_folders) + [folder / pair["case"] for pair in pairs if case_folders is not False]
     written = [
         path for place in places for name in names for path in (place.glob(name) if "*" in name else [place / name])
     ]

@@ -24,6 +24,7 @@ from scripts.bundle.command_line import LISTS, TEXTS
 from scripts.data.checks import InputError
 from scripts.data.datalist import check_output
 from scripts.data.files import write_csv, written_whole
+from scripts.data.renamed import SETTINGS
 from scripts.data.root import CONFIGS
 from scripts.registration.outputs import NOTICE
 from scripts.study.plan import DONE
@@ -216,7 +217,8 @@ def typed(name: str, overlays: Sequence[Path]) -> tuple[str, str]:
 
 
 def flag(name: str, value: Any) -> str:
-    """A setting as it is typed."""
+    """A setting as it is typed today."""
+    name = SETTINGS.get(name, name)
     plain = isinstance(value, str) and (name in TYPED or re.fullmatch(r"[A-Za-z./~][^'\"]*", value))
     return f"--{name} {shlex.quote(value if plain else repr(value))}"
 

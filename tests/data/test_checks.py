@@ -324,7 +324,7 @@ def test_an_output_that_cannot_be_written_or_lies_in_an_input_is_refused(tmp_pat
         (image.parent, image, f"lies in the input {image.parent}"),
         (image.parent / "results" / "new", image, f"lies in the input {image.parent}"),
         (series / "out", series, f"lies in the input {series}"),
-        (tmp_path, warped, f"would replace the input {warped}"),
+        (warped.parent, warped, f"would replace the input {warped}"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             check_output(str(output), [pair | {"moving_image": str(moving)}])
