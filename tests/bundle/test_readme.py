@@ -51,9 +51,9 @@ ELSEWHERE = {  # how a command begins -> why it is not run here
     "python -m monai.bundle run --config_file ['configs/train.json','configs/variant_": "tests/bundle/test_bundle.py",
 }
 SHRUNK = {  # a config or an overlay -> what is appended to a command that names it
-    "train.json": {k: v for k, v in QUICK.items() if k != "start"},
+    "train.json": {k: v for k, v in QUICK.items() if k != "initial_transform"},
     "segmentation.yaml": {"phantom_pool": 2, "spacing": 0.8},
-    "baseline.yaml": {k: v for k, v in TINY.items() if k != "start"},
+    "baseline.yaml": {k: v for k, v in TINY.items() if k != "initial_transform"},
 }
 
 
