@@ -87,8 +87,8 @@ def apply(
     order of adding to an ITK composite, and the reverse of the order of antsApplyTransforms -t.
 
     Args:
-        transform: one or several of ddf.nii.gz, a displacement NIfTI of ITK, ANTs or NiftyReg; a .h5, .tfm or .txt of
-            ITK; a .mat of ANTs; linear, fields or composites.
+        transform: one or several of ddf.nii.gz, a displacement image of ITK, ANTs or NiftyReg (NIfTI, NRRD,
+            MetaImage); a .h5, .tfm or .txt of ITK; a .mat of ANTs; linear, fields or composites.
         output: the image (.nii.gz); the folder, if moving is one; or the points, a file like the one given.
         moving: an image or labels of the moving world at any resolution, a folder with one DICOM series, or a folder
             of such files and folders, which are all warped.
@@ -96,9 +96,9 @@ def apply(
         label: True for labels, an integer index map or one binary map a channel: each label is interpolated on its
             own, and the result holds no other values.
         interpolation: of images: "linear", the default, "cubic" (B-spline) or "nearest".
-        points: a .csv with the columns x, y, z in mm, or a .mrk.json of 3D Slicer.
+        points: a .csv with the columns x, y, z in mm, or a table, .fcsv or .mrk.json of 3D Slicer.
         points_from: the image the points were marked in, "fixed" or "moving".
-        coordinates: of a .csv, "RAS" or "LPS"; the result has the same. A .mrk.json says it itself.
+        coordinates: of columns x, y, z, "RAS" or "LPS"; the result has the same. Other files say it themselves.
         moving_spacing, moving_series: of moving, as for register.
     """
     from scripts.data.files import listed
@@ -152,7 +152,7 @@ def check(
 
     Args:
         dataset_dir: the data set's folder, or a datalist JSON.
-        label_values: of integer index maps, the gland first.
+        label_values: of integer index maps, the gland first; a number for one structure.
         labels: False for pairs that are only to be registered.
         patient_pattern: regular expression whose first group, in the case name, is the patient; with it, a patient in
             two splits is refused.

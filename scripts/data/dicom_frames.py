@@ -218,13 +218,25 @@ def pixel_size(frame: Frame, path: str | Path | None = None) -> np.ndarray | Non
 
 
 def frame_distance(frame: Frame, path: str | Path) -> float | None:
-    """Distance in mm between the frames of a file that does not say where each lies; None if nothing states it."""
+    """Distance in mm between the frames of a file that does not say where each lies; None if nothing states it.
+
+    Args:
+        path: what is named where a distance is stated by the way.
+
+    Raises:
+        InputError: two statements disagree.
+    """
     stated = frame.find("SpacingBetweenSlices", "PixelMeasuresSequence")
     if stated is not None:
         return abs(float(stated)) or None
-    if (eigen := _eigen(frame)) is not None:
+    thickness, eigen = frame.find("SliceThickness", "PixelMeasuresSequence"), _eigen(frame)
+    if eigen is not None:
+        if thickness and abs(float(thickness) / eigen[0] - 1) > ALIKE:
+            raise InputError(
+                f"{frame.path}: frames {eigen[0]:g} mm apart by its private element (1129,1016), {thickness:g} mm by"
+                " SliceThickness; correct the wrong"
+            )
         return float(eigen[0])
-    thickness = frame.find("SliceThickness", "PixelMeasuresSequence")
     if frame.header.get("Modality") != "US" or not thickness:  # slices of MR overlap or leave gaps
         return None
     checks.repaired(path, f"no SpacingBetweenSlices, so frames lie its SliceThickness of {thickness:g} mm apart")

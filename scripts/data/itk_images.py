@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,8 @@ def read_by_itk(
     import itk  # a second; a NIfTI file does without
 
     io = itk.ImageIOFactory.CreateImageIO(path, itk.CommonEnums.IOFileMode_ReadMode)
-    if io is None or "Nifti" in io.GetNameOfClass():  # NIfTI under another name would evade its checks
+    # NIfTI and DICOM under another name would evade their checks
+    if io is None or io.GetNameOfClass() in ("NiftiImageIO", "GDCMImageIO"):
         known = path.lower().endswith((*METAIMAGE, *NRRD))
         why = "it is damaged, or another format under this name" if known else f"expected {READ}"
         raise InputError(f"{path}: cannot be read as an image: {why}")
@@ -73,11 +74,7 @@ def read_by_itk(
         raise InputError(f"{path}: expected a 3-D volume, found {dimensions} axes {shape}")
     if path.lower().endswith(METAIMAGE):
         _check_metaimage(Path(path), header, begin)
-    # a vector image takes any number of components of any type, where MONAI's reader knows some types only
-    image = itk.VectorImage[itk.F if dtype == np.float32 else itk.D, dimensions]
-    reader = itk.ImageFileReader[image].New(FileName=path, ImageIO=io)
-    reader.Update()
-    found = reader.GetOutput()
+    found = _vectors(path, io, dtype)
     told = found.GetMetaDataDictionary()
     uneven = float(told[UNEVEN]) if told.HasKey(UNEVEN) else 0.0  # text in NRRD
     if uneven > 0.1 * min(list(found.GetSpacing())[:3]):
@@ -92,6 +89,33 @@ def read_by_itk(
     affine = np.eye(4)
     affine[:3] = FLIP.numpy()[:, None] * np.column_stack([direction * (spacing if sized else voxel), origin])
     return Raster(array, affine, components, header)
+
+
+def _vectors(path: str, io: Any, dtype: type = np.float32) -> Any:
+    """An ITK image of any type of voxel, converted: vectors of `dtype`, of one component too.
+
+    `itk.imread` and MONAI's reader know some types only.
+    """
+    import itk
+
+    kind = itk.VectorImage[itk.F if dtype == np.float32 else itk.D, io.GetNumberOfDimensions()]
+    reader = itk.ImageFileReader[kind].New(FileName=path, ImageIO=io)
+    reader.Update()
+    return reader.GetOutput()
+
+
+def read_frames(path: str) -> tuple[np.ndarray, list[float]]:
+    """A picture or a stack of them, float32, shape (frame,) row, column, component, and its spacing (x, y, …) in mm.
+
+    It is no volume yet, so nothing is asked of its header; ITK takes 1 mm where it states no size.
+    """
+    import itk
+
+    io = itk.ImageIOFactory.CreateImageIO(path, itk.CommonEnums.IOFileMode_ReadMode)
+    io.SetFileName(path)
+    io.ReadImageInformation()
+    image = _vectors(path, io)
+    return itk.array_from_image(image), [float(size) for size in image.GetSpacing()]
 
 
 def read_header(path: Path) -> tuple[dict[str, str], int]:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripts.data import checks, dicom
+from scripts.data import checks, dicom, itk_images
 from scripts.data.checks import InputError
 from scripts.data.colour import grey
 from scripts.data.files import readable
@@ -248,17 +248,11 @@ def _read_image(path: Path) -> tuple[np.ndarray, tuple[float, float] | None]:
     if dicom.is_dicom(path):
         array, size = dicom.read_frames(path)
         return array, None if size is None or (size == 1).all() else (float(size[1]), float(size[0]))
-    import itk  # slow to import, and a .npy needs none
-
     try:
-        image = itk.imread(str(path))
-        array = itk.array_from_image(image)
+        array, (column, row, *_) = itk_images.read_frames(str(path))
     except Exception as error:  # whatever a reader raises on a damaged file is one thing to the user
         raise InputError(f"{path}: cannot be read as an image; expected one of {', '.join(STACKS)}") from error
-    if image.GetNumberOfComponentsPerPixel() > 1:
-        array, _ = grey(array)
-    column, row = (float(s) for s in list(image.GetSpacing())[:2])
-    return array, None if row == column == 1 else (row, column)
+    return grey(array)[0], None if row == column == 1 else (row, column)
 
 
 def _read_npy(path: Path) -> np.ndarray:

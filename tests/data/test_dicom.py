@@ -261,6 +261,7 @@ def test_sizes_that_contradict_each_other_are_refused(tmp_path):
     refused(write_dicom(path, two), "2 ultrasound regions")
     refused(write_dicom(path, us(PixelSpacing=[0, 0.8], SpacingBetweenSlices=2.0)), "it must be positive")
     refused(write_dicom(path, eigen(us(PixelSpacing=[0.8, 0.8]), "1.5")), "private element (1129,1016)")
+    refused(write_dicom(path, eigen(us(SliceThickness=2), "1.5")), "2 mm by SliceThickness")
     refused(write_dicom(path, eigen(us(), "wide", "LO")), "'wide' in the private element (1129,1016)")
 
 
@@ -663,7 +664,7 @@ def pair(tmp_path):
     """Images as DICOM, labels as segmentations of both."""
     paths = {}
     for side, modality in (("moving", "MR"), ("fixed", "US")):
-        paths[f"{side}_image"] = str(write_series(tmp_path / side, VOLUME, AFFINE, modality))
+        paths[f"{side}_image"] = str(write_series(tmp_path / side, VOLUME + (side == "fixed"), AFFINE, modality))
         paths[f"{side}_label"] = write_dicom(tmp_path / f"{side}.dcm", segmentation(masks(), AFFINE))
     return paths
 
@@ -736,7 +737,7 @@ def test_the_settings_are_those_of_every_config(name):
 def test_a_label_takes_the_size_that_its_image_is_given(tmp_path):
     paths = {}
     for side in ("moving", "fixed"):
-        for kind, array in (("image", VOLUME), ("label", masks()[0].astype(np.uint8))):
+        for kind, array in (("image", VOLUME + (side == "fixed")), ("label", masks()[0].astype(np.uint8))):
             path = tmp_path / f"{side}_{kind}.mha"
             sitk.WriteImage(to_itk(array, np.eye(4)), str(path))
             path.write_bytes(path.read_bytes().replace(b"ElementSpacing = 1 1 1\n", b""))

@@ -19,6 +19,7 @@ from scripts.data.datalist import FOLDERS, KEYS, case_name, datalist
 from scripts.data.labels import load_maps
 from scripts.data.pairs import LoadPaird
 from scripts.data.volumes import load_volume
+from scripts.phantoms.sweep import read_frames
 from scripts.registration.apply import warp_label
 
 LPS = np.diag([-1.0, -1, 1, 1]) @ PAIR_AFFINE
@@ -173,6 +174,22 @@ def test_a_format_that_is_not_read_is_named_with_those_that_are(tmp_path):
         (tmp_path / name).write_bytes(b"n+1 something")
         text = refusal(load_volume, str(tmp_path / name))
         assert "cannot be read as an image: expected NIfTI" in text and "MetaImage, NRRD and DICOM" in text
+
+
+def test_a_format_under_another_s_name_evades_no_check(tmp_path):
+    write(tmp_path / "a.nii", VALUES.astype(np.int16))
+    series = write_series(tmp_path / "series", VALUES, PAIR_AFFINE)
+    for source in (tmp_path / "a.nii", next(series.iterdir())):
+        for name in ("b.mha", "b.nrrd"):
+            (tmp_path / name).write_bytes(source.read_bytes())
+            assert "another format under this name" in refusal(load_volume, str(tmp_path / name))
+
+
+def test_frames_of_a_sweep_may_be_of_any_type_too(tmp_path):
+    (tmp_path / "angles.csv").write_text("angle_deg\n" + "\n".join(map(str, range(PAIR_SIZE[2]))))
+    for kind, name in itertools.product(("i1", "i8", "u4"), ("f.mha", "f.nrrd")):
+        sweep = read_frames(Path(write(tmp_path / name, VALUES.astype(kind))))
+        np.testing.assert_array_equal(sweep.frames, VALUES.transpose(2, 1, 0).astype(np.float32))
 
 
 def test_a_header_that_itk_would_fill_up_or_misread_is_refused(tmp_path):
