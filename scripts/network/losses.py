@@ -20,7 +20,7 @@ from monai.losses import BendingEnergyLoss
 from monai.transforms.utils import distance_transform_edt
 from torch import Tensor, nn
 
-from scripts.network.fields import jacobian_determinant, warp
+from scripts.network.fields import identity_grid, jacobian_determinant, warp
 
 PAPER_SCALES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # mm, §3.2
 
@@ -369,8 +369,46 @@ def _at_least_float32(ddf: Tensor) -> Tensor:
     return ddf.float() if ddf.dtype in (torch.float16, torch.bfloat16) else ddf
 
 
+def reached(warped: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+    """How much of each moving label a field reaches: ``Σ warp(l_m, u) / min(Σ l_m, Σ l_f)``, shape (B,), without unit.
+
+    About 1 or more where labels are aligned, 0 where a label has left the grid, 1 where either label is empty.
+
+    Args:
+        warped: the moving labels pulled by the field, zero outside, shape (B, 1, X, Y, Z).
+        targets: as in `LabelDrivenLoss.forward`.
+    """
+    mass = torch.minimum(*(targets[key].flatten(1).sum(1) for key in ("moving_label", "fixed_label")))
+    return torch.where(mass > 0, warped.flatten(1).sum(1) / mass.clamp_min(1e-6), 1)
+
+
+def way_back(ddf: Tensor, warped: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+    """What leads a label back that the field has pushed off the grid (not in the paper): the mean over the batch of
+    ``max(0, 1 − 2 r) · d``, with r what is `reached` of the moving label and d the distance from where the field takes
+    the fixed label's centre to the moving label's centre, in diagonals of the grid.
+
+    Overlaps and distances read at the samples have no gradient where no sample meets the label; d has one everywhere.
+    While half of each label is reached, value and gradient are exactly 0.
+
+    Args:
+        ddf, targets: as in `LabelDrivenLoss.forward`.
+        warped: as in `reached`.
+    """
+    moving, fixed, spacing = (targets[key] for key in ("moving_label", "fixed_label", "spacing"))
+    grid = identity_grid(ddf.shape[2:], ddf.dtype, ddf.device)
+    apart = _mean(grid, fixed) + _mean(ddf, fixed) - _mean(grid, moving)  # voxels
+    voxel = spacing / (spacing * spacing.new_tensor(ddf.shape[2:])).norm(dim=1, keepdim=True)  # in diagonals
+    return (torch.relu(1 - 2 * reached(warped, targets)) * (apart * voxel.to(ddf)).norm(dim=1)).mean()
+
+
+def _mean(field: Tensor, label: Tensor) -> Tensor:
+    """Of a field (3, X, Y, Z) or (B, 3, X, Y, Z) over each label (B, 1, X, Y, Z): shape (B, 3)."""
+    return (field * label).sum((2, 3, 4)) / label.sum((2, 3, 4)).clamp_min(1e-6)
+
+
 class LabelDrivenLoss(nn.Module):
-    """The objective, Eq. (1)-(2): label dissimilarity of one drawn label per pair plus α times the regulariser.
+    """The objective, Eq. (1)-(2): label dissimilarity of one drawn label per pair plus α times the regulariser; and a
+    `way_back` for labels that have left the grid, else 0.
 
     Args:
         similarity: called with (warped label, fixed label, spacing).
@@ -394,7 +432,7 @@ class LabelDrivenLoss(nn.Module):
         ddf = _at_least_float32(ddf)
         warped = warp(targets["moving_label"], ddf)
         similarity = self.similarity(warped, targets["fixed_label"], targets["spacing"])
-        return similarity + self.alpha * self.regulariser(ddf)
+        return similarity + self.alpha * self.regulariser(ddf) + way_back(ddf, warped, targets)
 
 
 def _maps_then_warp(
@@ -449,7 +487,8 @@ class PrefilteredLoss(nn.Module):
         ddf = _at_least_float32(ddf)
         a, b = _maps_then_warp(ddf, targets, self.filtered)
         dice = 2 * self._sum(a * b) / (self._sum(a) + self._sum(b)).clamp_min(1e-6)
-        return 1 - dice.mean() + self.alpha * self.regulariser(ddf)
+        back = way_back(ddf, warp(targets["moving_label"], ddf), targets)
+        return 1 - dice.mean() + self.alpha * self.regulariser(ddf) + back
 
     @torch.no_grad()
     def filtered(self, label: Tensor, spacing: Tensor) -> Tensor:
@@ -493,7 +532,8 @@ class SignedDistanceLoss(nn.Module):
         a, b = _maps_then_warp(ddf, targets, self.distances, "border")
         near = (a < self.reach).flatten(1)
         apart = ((b - a).abs().flatten(1) * near).sum(1) / near.sum(1).clamp_min(1) / self.reach
-        return apart.mean() + self.alpha * self.regulariser(ddf)
+        back = way_back(ddf, warp(targets["moving_label"], ddf), targets)
+        return apart.mean() + self.alpha * self.regulariser(ddf) + back
 
     @torch.no_grad()
     def distances(self, label: Tensor, spacing: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from scripts.network.losses import (
     SignedDistanceLoss,
     WeightedSum,
     gaussian_matrix,
+    reached,
+    way_back,
 )
 
 SIZE = (12, 17, 9)
@@ -607,3 +609,122 @@ def test_a_label_that_left_the_grid_is_farther_away_than_any_on_it():
     assert 0 < near < far < gone < 2
     with pytest.raises(ValueError, match="spacing"):
         loss(ddf, targets | {"moving_label": fixed, "spacing": torch.ones(3)})
+
+
+# ---- labels that a field has pushed off the grid
+
+OBJECTIVES = {
+    "multiscale Dice": LabelDrivenLoss(MultiscaleDiceLoss(), BendingEnergy()),
+    "its scales in two_stage.yaml": LabelDrivenLoss(MultiscaleDiceLoss([0, 2, 4, 8]), BendingEnergy()),
+    "plain Dice": LabelDrivenLoss(MultiscaleDiceLoss([0]), BendingEnergy()),
+    "squared Dice": LabelDrivenLoss(MultiscaleSquaredDiceLoss(), BendingEnergy()),
+    "cross-entropy": LabelDrivenLoss(MultiscaleCrossEntropyLoss(), BendingEnergy()),
+    "L2": LabelDrivenLoss(MultiscaleDiceLoss(), DiffusionLoss()),
+    "no regulariser": LabelDrivenLoss(MultiscaleDiceLoss(), BendingEnergy(), alpha=0),
+    "pre-filtered": PrefilteredLoss(BendingEnergy()),
+    "signed distance": SignedDistanceLoss(BendingEnergy()),
+}
+EVERY_OBJECTIVE = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+ROOM = (20, 18, 16)
+HOME = (-3, -1, -1)  # the translation under which the two balls are one
+
+
+def two_balls(dtype=torch.float32):
+    moving, fixed = (ball(centre, 4, ROOM, (1.0, 1.0, 1.0))[0].to(dtype) for centre in ((8, 9, 8), (11, 10, 9)))
+    return {"moving_label": moving, "fixed_label": fixed, "spacing": torch.full((1, 3), 1.7)}
+
+
+def translated(by, dtype=torch.float32):
+    return torch.tensor(by, dtype=dtype).view(1, 3, 1, 1, 1).expand(1, 3, *ROOM)
+
+
+@EVERY_OBJECTIVE
+@pytest.mark.parametrize("by", [(25, -20, 30), (0, 0, -15), (-19, 6, 0)], ids=str)
+def test_a_label_pushed_off_the_grid_is_led_back(objective, by):
+    targets = two_balls()
+    shift = torch.tensor(by, dtype=torch.float32).view(1, 3, 1, 1, 1).requires_grad_()
+    optimizer, shares = torch.optim.Adam([shift], lr=1.0), []
+    for _ in range(60):
+        ddf = shift.expand(1, 3, *ROOM)
+        shares.append(reached(warp(targets["moving_label"], ddf.detach()), targets).item())
+        if shares[-1] >= 0.5:
+            break
+        optimizer.zero_grad()
+        objective(ddf, targets).backward()
+        optimizer.step()
+    assert shares[0] == 0 and shares[-1] >= 0.5
+
+
+@EVERY_OBJECTIVE
+def test_a_field_whose_samples_all_miss_the_label_on_the_grid_is_led_to_it(objective):
+    targets = two_balls()
+    corner = torch.tensor([19.0, 17, 15]).view(3, 1, 1, 1)
+    ddf = (corner - torch.from_numpy(grid(*ROOM)).float())[None].requires_grad_()  # every sample in one corner
+    assert not warp(targets["moving_label"], ddf).any()
+    objective(ddf, targets).backward()
+    uphill = ddf.grad.sum((0, 2, 3, 4))
+    assert (uphill > 0).all()  # the label lies at lower x, y and z
+
+
+@EVERY_OBJECTIVE
+def test_the_farther_off_a_label_is_the_larger_is_the_loss(objective):
+    targets = two_balls()
+    values = [objective(translated((x - 3, -1, -1)), targets).item() for x in range(15, 60, 9)]
+    assert all(b > a for a, b in zip(values, values[1:], strict=False))
+
+
+@EVERY_OBJECTIVE
+def test_labels_on_the_grid_have_the_bare_objective_bit_for_bit(objective, monkeypatch):
+    ddf, targets = objective_inputs(torch.float32)
+    assert (reached(warp(targets["moving_label"], ddf), targets) > 0.5).all()
+    with_it = value_and_gradient(objective, ddf, targets)
+    monkeypatch.setattr("scripts.network.losses.way_back", lambda *_: 0)
+    for found, expected in zip(with_it, value_and_gradient(objective, ddf, targets), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_the_way_back_is_its_formula():
+    targets, by = two_balls(torch.float64), (9, 1, -5)
+    ddf = translated(by, torch.float64)
+    warped = warp(targets["moving_label"], ddf)
+    share = (warped.sum() / torch.minimum(targets["moving_label"].sum(), targets["fixed_label"].sum())).item()
+    assert 0.05 < share < 0.45
+    apart = np.linalg.norm(np.subtract(by, HOME)) / np.linalg.norm(ROOM)
+    assert way_back(ddf, warped, targets).item() == pytest.approx((1 - 2 * share) * apart, rel=1e-6)
+    assert reached(warped, targets).item() == pytest.approx(share, rel=1e-12)
+    both = {key: torch.cat([value, value]) for key, value in targets.items()}
+    fields = torch.cat([ddf, 0 * ddf])
+    half = way_back(fields, warp(both["moving_label"], fields), both).item()
+    assert half == pytest.approx((1 - 2 * share) * apart / 2, rel=1e-6)
+
+
+def test_the_gradient_of_the_way_back_is_right():
+    targets = two_balls(torch.float64)
+    noise = torch.randn(1, 3, *ROOM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ddf = (translated((9, 1, -5), torch.float64) + 0.3 * noise).requires_grad_()
+
+    def along(t):  # 17280 partial derivatives at once: those along three random directions
+        moved = ddf.detach() + (t.view(3, 1, 1, 1, 1) * ways).sum(0, keepdim=True)
+        return way_back(moved, warp(targets["moving_label"], moved), targets)
+
+    ways = torch.randn(3, 3, *ROOM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert torch.autograd.gradcheck(along, torch.zeros(3, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("empty", ["moving_label", "fixed_label"])
+def test_an_empty_label_is_not_looked_for(empty):
+    targets = two_balls()
+    targets[empty] = 0 * targets[empty]
+    ddf = translated((25, -20, 30)).clone().requires_grad_()
+    back = way_back(ddf, warp(targets["moving_label"], ddf), targets)
+    assert back == 0 and not torch.autograd.grad(back, ddf)[0].any()
+
+
+def test_a_label_much_larger_than_the_other_one_is_not_lost_where_they_are_aligned():
+    moving, fixed = (ball((10, 9, 8), radius, ROOM, (1.0, 1.0, 1.0))[0].float() for radius in (7, 3))
+    targets = {"moving_label": moving, "fixed_label": fixed, "spacing": torch.ones(1, 3)}
+    at = (torch.from_numpy(grid(*ROOM)) - torch.tensor([10, 9, 8]).view(3, 1, 1, 1)).float()
+    ddf = (7 / 3 - 1) * at[None]
+    warped = warp(moving, ddf)
+    assert warped.sum() / moving.sum() < 0.2
+    assert way_back(ddf, warped, targets) == 0
