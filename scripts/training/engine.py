@@ -50,24 +50,35 @@ class TrainingProgress:
         self.bar.update(engine.state.iteration - self.bar.n)  # a resumed run starts further on
 
 
-class CosineDecay:
-    """Let the learning rate fall to zero along half a cosine over all iterations of a run, resumed or not.
+class LearningRate:
+    """Let the learning rate rise over the first steps of a run and fall along half a cosine over all, resumed or not.
+
+    Adam's first steps have the learning rate's size whatever the gradient's. The summands of a network begin at zero
+    and their inputs are positive, so these steps move the whole field one way: at 1e-3 and 8 channels by a third of
+    the grid.
 
     Args:
         optimizer: its groups keep their initial rates as the highest.
+        warm_up: steps over which the rate rises in equal parts to the highest; 0 begins with it.
+        decay: whether it falls to zero.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, warm_up: int = 0, decay: bool = True) -> None:
         self.optimizer = optimizer
         self.highest = [group["lr"] for group in optimizer.param_groups]
+        self.warm_up = warm_up
+        self.decay = decay
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_STARTED, self._set)
 
     def _set(self, engine: Engine) -> None:
-        done = (engine.state.iteration - 1) / (engine.state.max_epochs * engine.state.epoch_length)
+        step, steps = engine.state.iteration, engine.state.max_epochs * engine.state.epoch_length
+        share = min(1, step / max(1, self.warm_up))
+        if self.decay:
+            share *= (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
-            group["lr"] = highest * (1 + math.cos(math.pi * done)) / 2
+            group["lr"] = highest * share
 
 
 class SaveWeights:

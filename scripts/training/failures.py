@@ -1,4 +1,5 @@
-"""Steps of a training that go wrong: what is not finite is left out, what does not fit is tried smaller."""
+"""Steps of a training that go wrong: what is not finite is left out, what does not fit is tried smaller, and a training
+whose labels are gone ends."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ import warnings
 from typing import Any
 
 import torch
-from ignite.distributed import all_reduce
+from ignite.distributed import all_reduce, get_world_size
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from scripts.data.checks import InputError
+from scripts.network.fields import warp
+from scripts.network.losses import reached
 
 
 class SkipNonFinite:
@@ -63,6 +66,39 @@ class SkipNonFinite:
                 f" {cases}; look at these cases, or lower --learning_rate"
             )
         warnings.warn(f"step {state.iteration} is left out: {what}; {state.skipped} so far; {cases}", stacklevel=2)
+
+
+class EndWithoutLabels:
+    """End a run in which the field has pushed the labels off the grid and they do not come back: it learns nothing.
+
+    A step has lost its labels where the field reaches less than half of most of them (`losses.reached`).
+    `engine.state.steps_without_labels` counts such steps, less those since that had their labels, not below 0, also
+    across a resume.
+
+    Args:
+        most: this many end the run with an `InputError`, or, in a run of less than twice as many steps, half of them.
+    """
+
+    def __init__(self, most: int = 100) -> None:
+        self.most = most
+
+    def attach(self, engine: Engine) -> None:
+        engine.state.steps_without_labels = 0
+        engine.state_dict_user_keys.append("steps_without_labels")
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._check)
+
+    @torch.no_grad()
+    def _check(self, engine: Engine) -> None:
+        state, targets = engine.state, engine.state.output["label"]
+        lost = reached(warp(targets["moving_label"], state.output["pred"].float()), targets) < 0.5
+        share = all_reduce(float(lost.float().mean())) / get_world_size()
+        state.steps_without_labels = max(0, state.steps_without_labels + (1 if share > 0.5 else -1))
+        if state.steps_without_labels >= min(self.most, state.max_epochs * state.epoch_length / 2):
+            raise InputError(
+                f"step {state.iteration}: the field has pushed the labels off the grid and for"
+                f" {state.steps_without_labels} steps they did not come back; nothing is learned and no weights are"
+                " written; train anew with a lower --learning_rate or a longer --warm_up (steps)"
+            )
 
 
 def too_large(trainer: Engine, error: torch.OutOfMemoryError) -> InputError:

@@ -11,7 +11,7 @@ from scripts.data.checks import InputError
 from scripts.network.networks import SummedDDFNet
 from scripts.registration.precision import PrecisionInferer
 from scripts.training import engine
-from scripts.training.engine import CosineDecay
+from scripts.training.engine import LearningRate
 
 
 def network(size=0.01):
@@ -103,11 +103,24 @@ def test_the_learning_rate_falls_along_half_a_cosine_wherever_the_run_starts():
     for begun in (0, 2):  # of 4 epochs
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
         trainer = Engine(lambda engine, batch, o=optimizer: seen.append(o.param_groups[0]["lr"]))
-        CosineDecay(optimizer).attach(trainer)
+        LearningRate(optimizer).attach(trainer)
         trainer.load_state_dict({"epoch_length": 5, "max_epochs": 4, "iteration": 5 * begun})
         trainer.run([0] * 5, max_epochs=4)
     expected = [0.25 * (1 + math.cos(math.pi * i / 20)) for i in range(20)]
     assert seen == pytest.approx(expected + expected[10:])
+
+
+@pytest.mark.parametrize("decay", [False, True])
+def test_the_learning_rate_rises_in_equal_parts_and_then_is_as_without_a_warm_up(decay):
+    seen = {}
+    for warm_up in (0, 4):
+        optimizer, rates = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5), seen.setdefault(warm_up, [])
+        trainer = Engine(lambda engine, batch, o=optimizer, r=rates: r.append(o.param_groups[0]["lr"]))
+        LearningRate(optimizer, warm_up, decay).attach(trainer)
+        trainer.run([0] * 5, max_epochs=2)
+    shares = [0.25, 0.5, 0.75] + 7 * [1]
+    assert seen[4] == pytest.approx([share * rate for share, rate in zip(shares, seen[0], strict=True)], rel=1e-12)
+    assert decay or seen[0] == 10 * [0.5]
 
 
 def test_an_unknown_precision_is_refused():

@@ -346,3 +346,13 @@ def test_the_bundle_s_training_names_the_cases_of_steps_that_are_not_finite(over
         name in said for name in (path.name.split(".")[0] for path in (cohort / "train" / "fixed_images").iterdir())
     )
     assert not list(tmp_path.glob("*.pt"))
+
+
+def test_the_bundle_s_training_that_pushes_its_labels_off_the_grid_writes_no_weights(cohort, tmp_path):
+    settings = {"iterations": 8, "epoch_length": 8, "learning_rate": 1.0, "max_steps_without_labels": 3}
+    workflow = bundle((), cohort, tmp_path, **settings)
+    with pytest.raises((InputError, RuntimeError)) as error:
+        workflow.run()
+    said = str(refusal(error.value))
+    assert said.startswith("step 4: the field has pushed the labels off the grid and for 3 steps")
+    assert not list(tmp_path.glob("*.pt"))
