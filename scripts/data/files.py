@@ -17,8 +17,8 @@ from scripts.data.checks import InputError
 from scripts.data.kept import links
 
 FORMATS = (  # how the names of files end that tell a reader what they are
-    *(".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".npy", ".png"),
-    *(".h5", ".tfm", ".txt", ".mat", ".csv", ".json", ".yaml"),
+    *(".nii.gz", ".nii", ".hdr", ".img", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".dicom", ".ima", ".npy", ".png"),
+    *(".h5", ".tfm", ".txt", ".mat", ".csv", ".tsv", ".fcsv", ".json", ".yaml"),
 )
 
 
