@@ -219,7 +219,12 @@ def test_the_three_configs_share_their_common_items():
         json.loads((CONFIGS / f"{n}.json").read_text()) for n in ("train", "evaluate", "inference")
     )
     own = {"output_dir", "handlers", "datalist", "run"}
-    own |= {"renamed", "dataloader", "checked_output"}  # inference goes on after a refusal; training has two datalists
+    own |= {
+        "renamed",
+        "initialize",
+        "dataloader",
+        "checked_output",
+    }  # inference goes on after a refusal; training has two datalists
     refined = {
         "inferer",
         "segment_glands",

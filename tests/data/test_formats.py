@@ -247,7 +247,7 @@ def test_unknown_formats_are_refused_before_anything_is_registered():
         pair = {"moving_image": "a.nii.gz", "fixed_image": "b.nii.gz"}
         SaveRegistrations("out", None, "centre", tools="dicom", pairs=[pair])
     config = json.loads((ROOT / "configs" / "inference.json").read_text())
-    saver = next(h for h in config["handlers"] if h["_target_"].endswith("SaveRegistrations"))
+    saver = next(h for h in config["handlers"] if isinstance(h, dict) and h["_target_"].endswith("SaveRegistrations"))
     assert config["formats"] is None and saver["tools"] == "@formats"
 
 

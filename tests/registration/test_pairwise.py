@@ -82,7 +82,7 @@ def test_a_pair_that_elastix_gives_up_on_keeps_its_start_and_says_so(capsys, tmp
     impossible.write_text(text.replace("(RequiredRatioOfValidSamples 0.05)", "(RequiredRatioOfValidSamples 1.01)"))
     ddf = pairwise.ElastixInferer(str(impossible))(torch.rand(1, 2, 12, 13, 14), NoField())
     assert ddf.shape == (1, 3, 12, 13, 14) and not ddf.any()
-    assert "elastix gave up, the pair keeps its start:" in capsys.readouterr().out
+    assert "elastix gave up, the pair keeps its initial transform:" in capsys.readouterr().out
 
 
 def test_centroids_of_labelled_glands_coincide_and_an_unlabelled_pair_is_refused():
@@ -93,7 +93,7 @@ def test_centroids_of_labelled_glands_coincide_and_an_unlabelled_pair_is_refused
     labels = {f"{s}_label": MetaTensor(v, affine=affine) for s, v in zip(("moving", "fixed"), label, strict=True)}
     start = OntoFixedGridd(None, "centroids")(pair | labels)["initial_transform"]
     assert torch.allclose(start[:3, 3], torch.tensor([-7.0, -10.0, -4.5], dtype=torch.float64))
-    with pytest.raises(InputError, match='start "centroids" needs label 0, the gland, in moving_label'):
+    with pytest.raises(InputError, match='initial transform "centroids" needs label 0, the gland, in moving_label'):
         OntoFixedGridd(None, "centroids")(pair | {"case": "p1"})
 
 

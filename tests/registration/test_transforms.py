@@ -203,7 +203,7 @@ def test_the_image_is_moving_then_fixed_in_float32_and_labels_are_optional():
 
 def test_a_start_that_is_no_single_linear_3d_transform_is_refused(tmp_path):
     data = pair()
-    with pytest.raises(InputError, match='none.tfm: not found; a start is "centre", "header"'):
+    with pytest.raises(InputError, match='none.tfm: not found; an initial transform is "centre", "header"'):
         OntoFixedGridd(initial_transform=str(tmp_path / "none.tfm"))(data)
     (tmp_path / "text.tfm").write_text("no transform")
     with pytest.raises(InputError, match="text.tfm: ITK cannot read this transform"):
@@ -259,7 +259,7 @@ def test_a_start_that_does_not_cover_the_fixed_image_is_refused(tmp_path):
     data = pair()
     part = MetaTensor(data["fixed_image"].as_tensor()[..., :-4], affine=data["fixed_image"].affine)
     sitk.WriteTransform(as_field(centre_transform(data), part), str(tmp_path / "part.h5"))
-    with pytest.raises(InputError, match=r"part.h5: covers \d\d % of the fixed image; a start must cover all"):
+    with pytest.raises(InputError, match=r"part.h5: covers \d\d % of the fixed image; it must cover all"):
         OntoFixedGridd(initial_transform=str(tmp_path / "part.h5"))(data)
 
 
@@ -318,11 +318,12 @@ def test_the_true_displacement_of_a_phantom_lays_its_labels_on_each_other():
 
 
 def test_a_pair_is_loaded_channel_first_with_the_affine_of_each_file(files):
-    image, label = content()
+    label = np.moveaxis(content()[1], -1, 0)
+    images = {"moving_image": content()[0][None], "fixed_image": content(seed=1)[0][None]}
     loaded = LoadPaird()(files | {"case": "a"})
     assert loaded["case"] == "a"
     for key in KEYS:
-        expected = image[None] if key.endswith("image") else np.moveaxis(label, -1, 0)
+        expected = images.get(key, label)
         assert loaded[key].dtype == torch.float32
         np.testing.assert_array_equal(loaded[key].numpy(), expected)
         np.testing.assert_allclose(loaded[key].affine.numpy(), PAIR_AFFINE, atol=1e-5)
@@ -330,9 +331,9 @@ def test_a_pair_is_loaded_channel_first_with_the_affine_of_each_file(files):
 
 def test_a_4d_nifti_label_keeps_its_origin(tmp_path, files):
     affine = affine_of(np.eye(3), (1, 2, 3), (-40, 55, 66))
-    image, label = content(labels=4)
-    for key in KEYS:
-        write(tmp_path / f"{key}.nii.gz", image if key.endswith("image") else label, affine)
+    for seed, side in enumerate(("moving", "fixed")):  # one image twice is refused
+        for kind, array in zip(("image", "label"), content(labels=4, seed=seed), strict=True):
+            write(tmp_path / f"{side}_{kind}.nii.gz", array, affine)
     loaded = LoadPaird()(files)
     for key in ("moving_label", "fixed_label"):
         np.testing.assert_allclose(loaded[key].affine.numpy(), affine, atol=1e-5)
@@ -341,11 +342,12 @@ def test_a_4d_nifti_label_keeps_its_origin(tmp_path, files):
 @pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nrrd", ".nhdr", ".nii"])
 @pytest.mark.parametrize("label_axes", [3, 4])
 def test_metaimage_and_nrrd_are_read_as_nifti_is(tmp_path, suffix, label_axes):
-    image, label = content()
+    label = content()[1]
     label = label[..., 0] if label_axes == 3 else label
+    images = {"moving_image": content()[0], "fixed_image": content(seed=1)[0]}
     loaded = {}
     for s in (".nii.gz", suffix):
-        paths = {k: write(tmp_path / f"{k}{s}", image if k.endswith("image") else label) for k in KEYS}
+        paths = {k: write(tmp_path / f"{k}{s}", images.get(k, label)) for k in KEYS}
         loaded[s] = LoadPaird()(paths)
     for key in KEYS:
         a, b = loaded[".nii.gz"][key], loaded[suffix][key]
