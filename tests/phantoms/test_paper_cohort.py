@@ -11,6 +11,8 @@ from scripts.data.pairs import LoadPaird
 from scripts.phantoms.paper_cohort import LABELS, PAIRS_OF, write_paper_cohort
 from scripts.study.plan import deal
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):

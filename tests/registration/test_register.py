@@ -10,6 +10,8 @@ import SimpleITK as sitk
 from conftest import TINY, flags, run
 from scipy.spatial.transform import Rotation
 
+from scripts.bundle import workflow
+
 GRIDS = {
     "plain": (np.eye(3), (3.0, 3.0, 3.0)),
     "oblique, anisotropic": (Rotation.from_euler("xyz", (14, -9, 21), degrees=True).as_matrix(), (2.6, 3.4, 3.1)),
@@ -66,8 +68,8 @@ def test_simpleitk_gets_the_warped_image_from_the_field_and_the_original_moving_
             transform = sitk.DisplacementFieldTransform(field)
         sitk.WriteTransform(transform, str(tmp_path / "start.h5"))
         start = tmp_path / "start.h5"
-    result = register(moving, fixed, tmp_path / "out", trained, initial_transform=start)
-    assert result.returncode == 0, result.stderr[-3000:]
+    settings = TINY | {"ckpt_path": trained / "moving_model.pt", "initial_transform": str(start)}
+    workflow.register(moving, fixed, tmp_path / "out", **settings)
 
     reference, image = sitk.ReadImage(str(fixed)), sitk.ReadImage(str(moving))
     field = sitk.ReadImage(str(tmp_path / "out" / "ddf.nii.gz"), sitk.sitkVectorFloat64)
