@@ -80,7 +80,7 @@ class Checkpoints:
             raise too_large(trainer, error) from None
         except KeyboardInterrupt:
             place = f"at step {trainer.state.iteration}; --resume True goes on from the last checkpoint"
-            print(f"{INTERRUPTED} {place if self.found() else 'before the first checkpoint'}", file=sys.stderr)
+            print(f"\n{INTERRUPTED} {place if self.found() else 'before the first checkpoint'}", file=sys.stderr)
             sys.exit(130)
         finally:
             if main:
