@@ -274,12 +274,12 @@ def _draw_field(ax: Axes, positions: NDArray, magnitude: NDArray, mm: NDArray, c
     positions = positions * mm[:, None, None]
     pitch = (np.array(magnitude.shape) * mm).max() / 16
     for axis, step in enumerate(mm):
-        lines, values = np.moveaxis(positions, axis + 1, 0), np.moveaxis(magnitude, axis, 0)
         every = max(1, round(pitch / step))
-        for line, value in zip(lines[every // 2 :: every], values[every // 2 :: every], strict=True):
-            pieces = np.stack((line.T[:-1], line.T[1:]), axis=1)
-            shades = colours.to_rgba((value[:-1] + value[1:]) / 2)
-            ax.add_collection(LineCollection(pieces, colors=shades, linewidths=1.2, capstyle="round"))
+        lines = np.moveaxis(positions, (axis + 1, 0), (0, 2))[every // 2 :: every]  # (line, point, 2)
+        values = np.moveaxis(magnitude, axis, 0)[every // 2 :: every]
+        pieces = np.stack((lines[:, :-1], lines[:, 1:]), axis=2).reshape(-1, 2, 2)
+        shades = colours.to_rgba(((values[:, :-1] + values[:, 1:]) / 2).ravel())
+        ax.add_collection(LineCollection(pieces, colors=shades, linewidths=1.2, capstyle="round"))
 
 
 def draw_outline(ax: Axes, gland: NDArray, mm: NDArray, style: tuple) -> None:
