@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ def ball(shape, centre, radius):
     return ((offsets**2).sum(0) <= radius**2).astype(np.float32)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def case():
     """A ball 3 voxels to the right of where the fixed grid has it, with the field that brings it back."""
     shape = (24, 20, 16)
@@ -38,9 +39,9 @@ def case():
     }
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were made, as matplotlib objects."""
+@contextmanager
+def recorded():
+    """The figures that are made meanwhile, as matplotlib objects."""
     made = []
 
     class Canvas(figures.FigureCanvasAgg):
@@ -48,15 +49,46 @@ def drawn(monkeypatch):
             super().__init__(figure)
             made.append(figure)
 
-    monkeypatch.setattr(figures, "FigureCanvasAgg", Canvas)
-    return made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "FigureCanvasAgg", Canvas)
+        yield made
+
+
+@pytest.fixture
+def drawn():
+    with recorded() as made:
+        yield made
+
+
+@contextmanager
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
 
 
 @pytest.fixture(autouse=True)
 def warnings_are_errors():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with no_warnings():
         yield
+
+
+@pytest.fixture(scope="module")
+def picture(case, tmp_path_factory):
+    """The overview of the case: its file, alone in a folder, and its figure."""
+    path = tmp_path_factory.mktemp("picture") / "case.png"
+    with recorded() as made, no_warnings():
+        overview(path, **case)
+    return path, made[0]
+
+
+@pytest.fixture(scope="module")
+def bare(case, tmp_path_factory):
+    """The figure of the case at rest, without glands and facts."""
+    with recorded() as made, no_warnings():
+        still = without_glands(case) | {"facts": (), "ddf": 0 * case["ddf"]}
+        overview(tmp_path_factory.mktemp("bare") / "case.png", **still)
+    return made[0]
 
 
 def without_glands(case):
@@ -67,48 +99,47 @@ def texts(figure):
     return [text.get_text() for text in figure.texts]
 
 
-def test_overview_is_one_picture_and_leaves_no_other_file(tmp_path, case):
-    overview(tmp_path / "case.png", **case)
-    assert [file.name for file in tmp_path.iterdir()] == ["case.png"]
-    pixels = imread(tmp_path / "case.png")
+def test_overview_is_one_picture_and_leaves_no_other_file(picture):
+    path, _ = picture
+    assert [file.name for file in path.parent.iterdir()] == ["case.png"]
+    pixels = imread(path)
     assert pixels.shape[1] == 1500 and 700 <= pixels.shape[0] <= 1200
     assert np.isfinite(pixels).all() and pixels[..., :3].std() > 0.1
 
 
-def test_overview_replaces_an_existing_file(tmp_path, case):
+def test_overview_replaces_an_existing_file_and_its_legend_says_whose_glands_are_outlined(tmp_path, case, drawn):
     (tmp_path / "case.png").write_bytes(b"old")
-    overview(str(tmp_path / "case.png"), **case)
+    overview(str(tmp_path / "case.png"), **case, gland_name="gland found")
     assert imread(tmp_path / "case.png").size
-
-
-def test_overview_without_glands_has_no_legend(tmp_path, case, drawn):
-    overview(tmp_path / "with.png", **case)
-    overview(tmp_path / "without.png", **without_glands(case))
-    assert [len(figure.legends) for figure in drawn] == [1, 0]
-
-
-def test_the_legend_says_whose_glands_are_outlined(tmp_path, case, drawn):
-    overview(tmp_path / "case.png", **case, gland_name="gland found")
     (legend,) = drawn[0].legends
     assert [text.get_text() for text in legend.get_texts()] == ["gland found on TRUS", "gland found on MR"]
 
 
-def test_overview_shows_the_facts_and_always_the_footer(tmp_path, case, drawn):
-    overview(tmp_path / "facts.png", **case)
-    overview(tmp_path / "plain.png", **{**case, "facts": ()})
-    assert "6.1 → 2.4 mm" in texts(drawn[0])[1].replace("\N{NO-BREAK SPACE}", " ")
-    assert all(figures.FOOTER in texts(figure) for figure in drawn)
+def test_overview_without_glands_has_no_legend(picture, bare):
+    assert [len(figure.legends) for figure in (picture[1], bare)] == [1, 0]
 
 
-@pytest.mark.parametrize("name", ["fixed_gland", "gland_before", "gland_after"])
-def test_overview_takes_any_single_gland_and_an_empty_one(tmp_path, case, name):
-    plain = without_glands(case)
-    overview(tmp_path / "case.png", **plain, **{name: case[name]})
-    overview(tmp_path / "case.png", **plain, **{name: 0 * case[name]})
+def test_overview_shows_the_facts_and_always_the_footer(picture, bare):
+    assert "6.1 → 2.4 mm" in texts(picture[1])[1].replace("\N{NO-BREAK SPACE}", " ")
+    assert all(figures.FOOTER in texts(figure) for figure in (picture[1], bare))
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (7, 5, 3), (3, 40, 9), (31, 8, 45)])
-@pytest.mark.parametrize("spacing", [(1, 1, 1), (0.5, 0.5, 3.0)])
+@pytest.mark.parametrize("shift", range(3))
+def test_overview_takes_a_gland_beside_an_empty_one_and_a_missing_one(tmp_path, case, shift):
+    full, empty, _ = np.roll(["fixed_gland", "gland_before", "gland_after"], shift)
+    overview(tmp_path / "case.png", **without_glands(case), **{full: case[full], empty: 0 * case[empty]})
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [
+        ((2, 2, 2), (0.5, 0.5, 3.0)),
+        ((7, 5, 3), (1, 1, 1)),
+        ((3, 40, 9), (0.5, 0.5, 3.0)),
+        ((3, 40, 9), (1, 1, 1)),
+        ((31, 8, 45), (0.5, 0.5, 3.0)),
+    ],
+)
 def test_overview_takes_odd_sizes_and_anisotropic_voxels(tmp_path, shape, spacing):
     random = np.random.default_rng(0)
     image = random.random(shape)
@@ -118,7 +149,8 @@ def test_overview_takes_odd_sizes_and_anisotropic_voxels(tmp_path, shape, spacin
 
 def test_overview_takes_constant_images_and_no_motion(tmp_path):
     flat = np.full((9, 8, 7), 3, dtype=np.uint8)
-    overview(tmp_path / "case.png", flat, 0 * flat, 0 * flat, np.zeros((3, *flat.shape)), (1, 1, 1))
+    no_gland = 0 * flat
+    overview(tmp_path / "case.png", flat, 0 * flat, 0 * flat, np.zeros((3, *flat.shape)), (1, 1, 1), no_gland)
     assert np.isfinite(imread(tmp_path / "case.png")).all()
 
 
@@ -162,14 +194,14 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_part(tmp_path, case, mo
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"old"]
 
 
-def test_threads_write_the_same_picture(tmp_path, case):
-    paths = [tmp_path / f"{number}.png" for number in range(3)]
+def test_threads_write_the_same_picture(tmp_path, case, picture):
+    paths = [tmp_path / f"{number}.png" for number in range(2)]
     threads = [threading.Thread(target=overview, args=(path,), kwargs=case) for path in paths]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len({path.read_bytes() for path in paths}) == 1
+    assert len({path.read_bytes() for path in (*paths, picture[0])}) == 1
 
 
 @pytest.mark.parametrize("axes", [(0, 1), (0, 2), (1, 2)])
@@ -184,13 +216,11 @@ def test_deformed_grid_is_identity_plus_ddf(axes):
     np.testing.assert_array_equal(deformed_grid(0 * ddf, axes, 2), np.indices(grid.shape[1:]))
 
 
-def test_grid_of_a_shift_is_drawn_shifted_in_mm_along_that_axis_only(tmp_path, case, drawn):
-    overview(tmp_path / "shift.png", **case)
-    overview(tmp_path / "rest.png", **{**case, "ddf": 0 * case["ddf"]})
+def test_grid_of_a_shift_is_drawn_shifted_in_mm_along_that_axis_only(picture, bare):
     for panel, step in ((4, (2.4, 0)), (9, (2.4, 0)), (14, (0, 0))):  # x is not in the sagittal plane
         shift, rest = (
             np.concatenate([s for line in field_lines(figure.axes[panel]) for s in line.get_segments()])
-            for figure in drawn
+            for figure in (picture[1], bare)
         )
         np.testing.assert_allclose(shift - rest, np.broadcast_to(step, rest.shape), atol=1e-9)
 
@@ -200,9 +230,8 @@ def field_lines(ax):
     return [item for item in ax.collections if type(item) is LineCollection]
 
 
-def test_letters_stand_where_their_ends_of_the_image_are(tmp_path, case, drawn):
-    overview(tmp_path / "case.png", **case)
-    axial, coronal, sagittal = (drawn[0].axes[panel] for panel in (0, 5, 10))
+def test_letters_stand_where_their_ends_of_the_image_are(picture):
+    axial, coronal, sagittal = (picture[1].axes[panel] for panel in (0, 5, 10))
     for ax, horizontal, vertical in ((axial, "LR", "PA"), (coronal, "LR", "IS"), (sagittal, "PA", "IS")):
         place = {text.get_text(): ax.transData.transform(text.xy) for text in ax.texts if hasattr(text, "xy")}
         origin, far = ax.transData.transform([(0, 0), (5, 5)])  # mm along the two array axes
@@ -211,9 +240,8 @@ def test_letters_stand_where_their_ends_of_the_image_are(tmp_path, case, drawn):
         assert bottom[1] < top[1] and origin[1] < far[1]
 
 
-def test_planes_pass_through_the_centroid_of_the_fixed_gland(tmp_path, case, drawn):
-    overview(tmp_path / "case.png", **case)
-    labels = [drawn[0].axes[panel].get_ylabel() for panel in (0, 5, 10)]
+def test_planes_pass_through_the_centroid_of_the_fixed_gland(picture):
+    labels = [picture[1].axes[panel].get_ylabel() for panel in (0, 5, 10)]
     assert labels == ["Axial\nslice 9 of 16", "Coronal\nslice 10 of 20", "Sagittal\nslice 11 of 24"]
 
 
