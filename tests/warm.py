@@ -6,6 +6,7 @@ would know: nothing.
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -15,7 +16,11 @@ import tempfile
 from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch", "monai.bundle", "monai.engines", "monai.handlers", "ignite.engine"])
+FORKS.set_forkserver_preload(
+    ["torch", "monai.bundle", "monai.engines", "monai.handlers", "ignite.engine"]
+    # what they import at a first use: PyTorch of every optimiser, matplotlib of a contour, PIL of a picture
+    + ["torch._dynamo", "contourpy", "PIL.PngImagePlugin", "SimpleITK"]
+)
 
 
 def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -45,6 +50,7 @@ def _command(arguments: tuple[str, ...], cwd: str, folder: str, environment: dic
     here = Path(__file__).resolve().parent
     sys.path[:] = [cwd] + [p for p in sys.path if p and Path(p).resolve() not in (here, here.parent)]
     sys.argv = [arguments[0], *arguments[1:]]
+    gc.freeze()  # what it was forked with is no garbage of the command
     code = 0
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
