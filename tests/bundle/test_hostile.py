@@ -29,6 +29,7 @@ from scripts.registration.segmentation import SegmentGlandsd
 from scripts.training.checkpoints import Checkpoints
 
 AFFINE_ONLY = {"initial_transform": "centre", "spacing": 4.0, "refine_steps": 0, "use_network": False, "weights": None}
+AFFINE_ONLY |= {"glands": False}
 
 
 class Payload:

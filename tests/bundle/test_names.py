@@ -15,6 +15,7 @@ from scripts.bundle.workflow import run_config
 from scripts.data.datalist import RESULTS
 
 CHEAP = {"initial_transform": "centre", "spacing": 4.0, "refine_steps": 0, "use_network": False, "weights": None}
+CHEAP |= {"glands": False}
 PLACES = ["2024_01_05", "12,34 us#2 ~é", "$x", "1e5"]
 
 
@@ -30,7 +31,8 @@ def typed(monkeypatch, capsys):
             code = 0
         except SystemExit as end:
             code = end.code
-        return code, capsys.readouterr().err.strip().split("\n")[-1]
+        said = capsys.readouterr().err.strip().split("\n")[-1]
+        return code, said.split("\r")[-1]  # a bar of progress, on a slow machine
 
     return run
 
@@ -105,7 +107,8 @@ def test_links_are_read_by_the_name_that_says_what_they_are(images, typed):
         typed("apply", *options(transform="field", moving="moving.nii.gz", reference="trus", output="v.nii.gz"))[0] == 0
     )
     assert typed("invert", *options(transform="field", reference="mr.mhd", output="i.nii.gz"))[0] == 0
-    code, said = typed("register", *options(moving="mr.mhd", fixed="trus", output_dir="o2", initial_transform="field"))
+    again = options(moving="mr.mhd", fixed="trus", output_dir="o2", **CHEAP | {"initial_transform": "field"})
+    code, said = typed("register", *again)
     assert code == 0, said
     for side, link, name in (("moving", "mr.mhd", "a.mhd"), ("fixed", "trus", "a")):
         os.makedirs(f"DIR/{side}_images")
@@ -135,7 +138,7 @@ def test_no_command_replaces_its_inputs(images, typed, cohort):
     before = {path: path.read_bytes() for path in images.rglob("*") if path.is_file()}
     points = options(points="p.csv", points_from="fixed", coordinates="RAS")
     for words in (
-        ("register", *pair[:-2], "--weights", "None", "--output_dir", "out", "--initial_transform", field),
+        ("register", *pair, "--output_dir", "out", "--initial_transform", field),
         ("register", *pair, "--output_dir", "out", "--initial_transform", "soft.nii.gz"),
         ("register", *pair, "--output_dir", "out", "--moving_labels", "out/warped_moving_image.nii.gz"),
         ("apply", *through, "--moving", "moving.nii.gz", "--output", "moving.nii.gz"),
