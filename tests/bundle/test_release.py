@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 import stat
-import subprocess
-import sys
 import threading
 import zipfile
 from functools import partial
@@ -116,8 +114,8 @@ def test_it_passes_the_checks_of_the_model_zoo(extracted, cohort, tmp_path):
     assert metadata["version"] in metadata["changelog"]
     assert f"## {metadata['version']}" in (extracted / "CHANGELOG.md").read_text()
     schema = Path(__file__).with_name("metadata_schema.json")
-    arguments = [str(extracted), str(schema), str(cohort)]
-    result = subprocess.run([sys.executable, "-c", ZOO, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "zoo.py").write_text(ZOO)
+    result = run("zoo", str(extracted), str(schema), str(cohort), cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-4000:]
 
     scripted = torch.jit.load(extracted / "models" / "model.ts")
@@ -181,14 +179,14 @@ def test_downloaded_by_monai_it_registers_as_this_bundle_does(archive, cohort, t
         assert result.returncode == 0, result.stderr[-3000:]
         fields.append([np.asarray(nib.load(path).dataobj) for path in sorted(out.glob("*/ddf.nii.gz"))])
     assert fields[0] and all(np.array_equal(a, b) for a, b in zip(*fields, strict=True))
-    code = f"""
-import sys, torch
+    code = f"""import sys, torch
 from monai.bundle import load
 network = load({NAME!r}, bundle_dir={str(tmp_path / "bundles")!r}, workflow_type="inference")
 weights = torch.load({str(downloaded / "models" / "model.pt")!r}, weights_only=True)
 assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
 print(type(network).__name__, sys.modules["scripts"].__path__[0])
 """
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "use.py").write_text(code)
+    loaded = run("use", cwd=tmp_path)
     assert loaded.returncode == 0, loaded.stderr[-2000:]
     assert loaded.stdout.split()[-2:] == ["SummedDDFNet", str(downloaded / "scripts")]

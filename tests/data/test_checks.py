@@ -438,7 +438,7 @@ def test_a_batch_with_bad_pairs_registers_the_others_and_ends_with_1(cohort, tmp
     good = [next((cohort / "test" / name).iterdir()) for name in FOLDERS[0][:2]]
     for name, path in zip(FOLDERS[0], good, strict=False):
         (root / name).mkdir(parents=True)
-        for k in range(6):
+        for k in (0, 1, 4, 5):
             shutil.copy(path, root / name / f"case{k}.nii.gz")
     bytes_of(lambda data: data[:999])(root / "moving_images" / "case1.nii.gz")
     edit_header(root / "fixed_images" / "case4.nii.gz", xyzt_units=3)
@@ -446,7 +446,7 @@ def test_a_batch_with_bad_pairs_registers_the_others_and_ends_with_1(cohort, tmp
     configs = str([str(ROOT / "configs" / name) for name in ("inference.json", "variant_none.yaml")])
     settings = TINY | {"dataset_dir": root, "output_dir": output, "refine_steps": 0}
     result = run("monai.bundle", "run", "--config_file", configs, *flags(settings), cwd=tmp_path)
-    assert one_error(result).startswith("error: 2 of 6 pairs refused, the other 4 are done;")
+    assert one_error(result).startswith("error: 2 of 4 pairs refused, the other 2 are done;")
     assert one_error(result).endswith(": case1, case4")
     for line in (
         "refused: case1: ",
@@ -454,7 +454,7 @@ def test_a_batch_with_bad_pairs_registers_the_others_and_ends_with_1(cohort, tmp
         f"repaired: {root / 'fixed_images' / 'case5.nii.gz'}: no sform",
     ):
         assert result.stderr.count(line) == 1, result.stderr[-3000:]
-    assert sorted(path.name for path in output.iterdir()) == ["case0", "case2", "case3", "case5"]
+    assert sorted(path.name for path in output.iterdir()) == ["case0", "case5"]
     assert all((path / "qc.json").exists() for path in output.iterdir())
 
 
