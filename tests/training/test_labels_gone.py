@@ -19,6 +19,8 @@ from scripts.training.failures import EndWithoutLabels
 TWO_STAGE = ConfigParser.load_config_file(ROOT / "configs" / "two_stage.yaml")
 OBJECTIVE = LabelDrivenLoss(MultiscaleDiceLoss(TWO_STAGE["scales"]), BendingEnergy(), TWO_STAGE["alpha"])
 
+SEEDS = pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+
 
 def bare_dice(ddf, targets):
     """An objective without a way back."""
@@ -74,7 +76,7 @@ def training(folder, network, batches, loss, *, most=100, rate=1e-3, warm_up=0, 
     return trainer, Checkpoints(str(folder), state, resume), steps
 
 
-@pytest.mark.parametrize("seed", range(2))
+@SEEDS
 def test_labels_that_the_first_steps_push_off_the_grid_come_back(seed, tmp_path):
     torch.manual_seed(seed)
     network, rate = SummedDDFNet(TWO_STAGE["initial_channels"]), TWO_STAGE["learning_rate"]
@@ -87,7 +89,7 @@ def test_labels_that_the_first_steps_push_off_the_grid_come_back(seed, tmp_path)
     assert (tmp_path / "model.pt").exists()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@SEEDS
 def test_with_the_warm_up_of_two_stage_yaml_no_label_leaves_the_grid(seed, tmp_path):
     torch.manual_seed(seed)
     network, names = SummedDDFNet(TWO_STAGE["initial_channels"]), {"rate": "learning_rate", "warm_up": "warm_up"}
