@@ -12,7 +12,7 @@ train: .venv/installed  ## two minutes of training on phantoms, then others regi
 	$(BIN)/python -m scripts demo --train True --output_dir demo
 
 test: .venv/installed-test  ## the whole test suite
-	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -q -n auto --dist loadfile tests
 
 bench: .venv/installed .venv-bench/installed  ## every comparison of docs/benchmarks.md, about an hour; leave the machine alone
 	for part in loss registration training prefilt classical growth; do .venv-bench/bin/python benchmarks/$$part.py || exit 1; done

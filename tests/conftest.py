@@ -8,6 +8,7 @@ import locale
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import warm
@@ -20,16 +21,32 @@ QUICK = TINY | {"iterations": 2, "epoch_length": 2, "val_interval": 1, "batch_si
 if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core of its own, and so have the processes it starts
     os.environ["OMP_NUM_THREADS"] = "1"
 
-LONGEST = """
-bundle report readme pairwise names weights release slicer distributed hostile figures phantom register segmentation
-faults labels_gone demo checks formats networks transforms cohort
-""".split()  # files, the longest first: one that began last would keep one worker busy while the others are idle
+# files whose tests load ITK, a quarter of a minute: one worker runs them all
+ITK = "pairwise names slicer register formats transforms dicom checks other_tools invert sweep apply kept".split()
+# the other long files, the longest first: one that began last would keep one worker busy while the rest are idle
+LONG = "bundle report readme weights release distributed hostile figures phantom segmentation faults qc".split()
+LONG += "labels_gone demo networks cohort".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first; with `--no-loadscope-reorder` they are handed out in this order."""
-    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    places = {f"test_{name}.py": place for place, name in enumerate([*ITK, *LONG])}
     items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile` hands out files in the order above, those that load ITK as one."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "itk" if Path(file).stem.removeprefix("test_") in ITK else file
+
+    config.option.loadscopereorder = False  # by the number of their tests
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:
