@@ -30,7 +30,7 @@ def hardware(monkeypatch):
     monkeypatch.setattr(precision, "computes_bfloat16", lambda device: True)
 
 
-@pytest.mark.parametrize("size", [(16, 32, 16), (53, 50, 61)])
+@pytest.mark.parametrize("size", [(16, 32, 16), (15, 29, 13)])
 @torch.no_grad()
 def test_bfloat16_gives_the_field_of_float32_within_the_tolerance(size, hardware):
     net, x = network(), pair(*size)
