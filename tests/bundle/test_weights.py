@@ -1,17 +1,14 @@
 """The weights in models/: what they are, and that the defaults register with them."""
 
 import csv
-import json
 import re
 from statistics import median
 
-import nibabel as nib
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags, run
 
-from scripts.data.checks import check_hash, known_hashes, sha256
+from scripts.data.checks import check_hash, known_hashes
 from scripts.phantoms.phantom import write_cohort
 
 MODELS = ROOT / "models"
@@ -33,7 +30,7 @@ def test_weights_are_small_plain_tensors_of_their_known_hash(name):
 
 
 def test_the_defaults_register_new_phantoms_better_than_their_centres(tmp_path):
-    cohort = write_cohort(tmp_path / "cohort", patients=4, seed=2027, split=(0, 0, 1))
+    cohort = write_cohort(tmp_path / "cohort", patients=3, seed=2027, split=(0, 0, 1))
     medians = {}
     for name, overlay, more in (
         ("shipped", [], {}),
@@ -49,34 +46,3 @@ def test_the_defaults_register_new_phantoms_better_than_their_centres(tmp_path):
     assert medians["shipped"]["dsc"] > medians["centre"]["dsc"]
     assert medians["shipped"]["true_error_mm"] < medians["centre"]["true_error_mm"]
     assert medians["shipped"]["folded_percent"] == 0
-
-
-def test_a_registration_that_starts_from_its_own_result_stays_there(tmp_path):
-    cohort = write_cohort(tmp_path / "cohort", patients=1, seed=2027, split=(0, 0, 1))
-    moving, fixed = (next((cohort / "test" / f"{side}_images").iterdir()) for side in ("moving", "fixed"))
-    start, found = {}, []
-    for name in ("first", "again"):
-        settings = {"moving": moving, "fixed": fixed, "output_dir": tmp_path / name} | start
-        result = run("scripts", "register", *flags(settings))
-        assert result.returncode == 0, result.stderr[-3000:]
-        start = {"initial_transform": tmp_path / name / "ddf.nii.gz"}
-        found.append(nib.load(start["initial_transform"]).get_fdata())
-    assert np.median(np.linalg.norm(found[0], axis=-1)) > 5
-    assert np.median(np.linalg.norm(found[1] - found[0], axis=-1)) < 1.5  # mm: less than two voxels of a further fit
-
-
-def test_the_record_names_the_ddf_network_only_when_it_took_part(tmp_path):
-    cohort = write_cohort(tmp_path / "cohort", patients=1, seed=2027, split=(0, 0, 1))
-    moving, fixed = (next((cohort / "test" / f"{side}_images").iterdir()) for side in ("moving", "fixed"))
-    records, ddfs = [], []
-    for more in ({}, {"use_network": True}):
-        out = tmp_path / f"out{len(records)}"
-        settings = {"moving": moving, "fixed": fixed, "output_dir": out} | more
-        result = run("scripts", "register", *flags(settings))
-        assert result.returncode == 0, result.stderr[-3000:]
-        records.append(json.loads((out / "qc.json").read_text("utf-8")))
-        ddfs.append((out / "ddf.nii.gz").read_bytes())
-    hashes = [record["weights_sha256"] for record in records]
-    assert hashes == [None, sha256(str(ROOT / "models" / "model.pt"))]
-    assert records[0]["precision"] == "float32" and ddfs[0] != ddfs[1]
-    assert all(len(record["segmentation_weights_sha256"]) == 2 for record in records)

@@ -1,14 +1,15 @@
-"""The QC record: what it holds, and that a registration that should be doubted is flagged."""
+"""The QC record: what it holds, and that a registration that should be doubted is flagged; one pair for all."""
 
 import json
 
 import jsonschema
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags, run
 
-from scripts.data.checks import InputError
+from scripts.data.checks import InputError, sha256
 from scripts.phantoms.phantom import simulate_pair, write_cohort
 from scripts.registration.qc import MEANINGS, border_brightness
 from scripts.registration.qc import flags as flags_of
@@ -95,17 +96,40 @@ def registered(folder, pair, **settings):
     return record, result.stdout
 
 
-def test_the_record_of_a_good_pair_is_as_the_schema_says_and_without_flags(pair, tmp_path):
-    record, said = registered(tmp_path / "out", pair)
+@pytest.fixture(scope="module")
+def plain(pair, tmp_path_factory):
+    """The folder of the pair registered by the defaults, its record and what was said."""
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    return folder, *registered(folder, pair)
+
+
+def test_the_record_of_a_good_pair_is_as_the_schema_says_and_without_flags(plain):
+    _, record, said = plain
     assert record["flags"] == [] and "CHECK" not in said
     assert record["limits"] == LIMITS
     assert 0 < record["inverse_consistency_mm"] < 5
     assert record["version"] in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
-def test_a_limit_of_one_s_own_flags_aloud(pair, tmp_path):
-    record, said = registered(tmp_path / "out", pair, **{"limits#blur": "[None, 0.01]"})
+def test_the_record_names_the_ddf_network_only_when_it_took_part_and_a_limit_of_one_s_own_flags_aloud(
+    pair, plain, tmp_path
+):
+    without, before, _ = plain
+    record, said = registered(tmp_path / "out", pair, use_network=True, **{"limits#blur": "[None, 0.01]"})
+    hashes = [found["weights_sha256"] for found in (before, record)]
+    assert hashes == [None, sha256(str(ROOT / "models" / "model.pt"))]
+    assert before["precision"] == "float32"
+    assert len({(folder / "ddf.nii.gz").read_bytes() for folder in (without, tmp_path / "out")}) == 2
+    assert all(len(found["segmentation_weights_sha256"]) == 2 for found in (before, record))
     assert [flag.split(" (")[0] for flag in record["flags"]] == [
         MEANINGS["blur"].format(side=side) for side in ("moving", "fixed")
     ]
     assert said.count("CHECK: ") == 2
+
+
+def test_a_registration_that_starts_from_its_own_result_stays_there(pair, plain, tmp_path):
+    first = plain[0] / "ddf.nii.gz"
+    registered(tmp_path / "again", pair, initial_transform=first)
+    found = [nib.load(path).get_fdata() for path in (first, tmp_path / "again" / "ddf.nii.gz")]
+    assert np.median(np.linalg.norm(found[0], axis=-1)) > 5
+    assert np.median(np.linalg.norm(found[1] - found[0], axis=-1)) < 1.5  # mm: less than two voxels of a further fit

@@ -45,8 +45,8 @@ def write_weights(path, size, seed):
 def crossval(tmp_path_factory) -> Path:
     """A cross-validation of four tiny phantoms in two folds: two variants, one row without training, one incomplete.
 
-    The trainings are left out: weights lie where they would have written them. baseline is evaluated by crossval, the
-    others by the same config in this process, which is faster.
+    The trainings are left out: weights lie where they would have written them. One fold of baseline is evaluated by
+    crossval, the others by the same config in this process, which is faster.
     """
     folder = tmp_path_factory.mktemp("report")
     size = {"fixed_shape": (22, 30, 22), "fixed_spacing": 3.0, "moving_shape": (26, 26, 20)}
@@ -56,15 +56,20 @@ def crossval(tmp_path_factory) -> Path:
     runs = {(name, k): output / "runs" / name / f"fold{k}" for name in ("baseline", "l2", "nothing") for k in (0, 1)}
     for (name, k), place in runs.items():
         write_weights(place / "model.pt", 0.05 if name == "l2" else 0.02, k)
-    one_by_one = {"only": ["baseline:0", "baseline:1"], "cores": 1}
-    assert cross_validate(str(folder / DATA), str(output), 2, variants, settings=TINY, **one_by_one) == 0
+    one = {"only": ["baseline:0"], "cores": 1}
+    assert cross_validate(str(folder / DATA), str(output), 2, variants, settings=TINY, **one) == 0
+    log = (runs["baseline", 0] / "log.txt").read_text()
+    assert "/runs/baseline/fold0/" in log and log.count(" --fold=0 ") == 1
     for (name, k), place in runs.items():
-        if name != "baseline":
-            log = (runs["baseline", k] / "log.txt").read_text().replace("/runs/baseline/", f"/runs/{name}/")
-            (place / "log.txt").write_text(log)
+        if (name, k) != ("baseline", 0):
+            own = log.replace("/runs/baseline/fold0", f"/runs/{name}/fold{k}").replace(" --fold=0 ", f" --fold={k} ")
+            (place / "log.txt").write_text(own)
             overlays, settings = evaluation_of(place)
-            run_config("evaluate.json", *overlays, **settings | {"use_network": name == "l2"})
-            (place / "done.json").write_text(json.dumps({"version": "9.9.9", "commit": "abc1234"}))
+            run_config("evaluate.json", *overlays, **settings | {"use_network": name != "nothing"})
+            done = json.dumps({"version": "9.9.9", "commit": "abc1234"})
+            (place / "done.json").write_text(
+                (runs["baseline", 0] / "done.json").read_text() if name == "baseline" else done
+            )
         if name == "nothing":
             (place / "model.pt").unlink()
     (output / "runs" / "delta0" / "fold0").mkdir(parents=True)
