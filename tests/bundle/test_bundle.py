@@ -13,6 +13,7 @@ import yaml
 from conftest import QUICK, ROOT, TINY, flags, logged, run
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 
+from scripts.data.datalist import KEYS
 from scripts.network.segmentation import gland_network
 from scripts.study.plan import merged
 
@@ -33,6 +34,15 @@ def elsewhere(tmp_path, monkeypatch):
     for name in [n for n in sys.modules if n.split(".")[0] == "scripts"]:
         del sys.modules[name]
     sys.modules.update(saved)
+
+
+@pytest.fixture(scope="module")
+def two_pairs(cohort, tmp_path_factory):
+    """A datalist of one pair to train on and one to validate with."""
+    pairs = {s: [{k: str(next((cohort / s / f"{k}s").iterdir())) for k in KEYS}] for s in ("train", "val")}
+    path = tmp_path_factory.mktemp("pairs") / "pairs.json"
+    path.write_text(json.dumps(pairs))
+    return str(path)
 
 
 def test_training_leaves_weights_checkpoints_metrics_and_tensorboard_events(trained):
@@ -69,12 +79,13 @@ def test_the_learned_start_trains_from_the_command_line_and_registers_alone(coho
 
 
 def test_training_with_a_learned_start_sees_the_glands_and_fine_tuning_starts_where_the_weights_left_off(
-    trained, cohort, tmp_path
+    two_pairs, tmp_path
 ):
     network = gland_network()
     torch.nn.init.constant_(network[2].conv_block.bias, 5.0)  # everything is gland
     torch.save(network.state_dict(), tmp_path / "segmentation.pt")
-    settings = {"dataset_dir": str(cohort), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)} | QUICK
+    settings = QUICK | {"dataset_dir": two_pairs, "batch_size": 1}
+    settings |= {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)}
     settings |= {
         "initial_transform": "learned",
         "spacing": "gland",
@@ -85,7 +96,7 @@ def test_training_with_a_learned_start_sees_the_glands_and_fine_tuning_starts_wh
     workflow.run()
     assert workflow.network_def.down[0].conv.conv.weight.shape[1] == 4
     weights = torch.load(tmp_path / "model.pt", weights_only=True)
-    settings |= {"initial_weights": str(tmp_path / "model.pt"), "learning_rate": 0.0}
+    settings |= {"initial_weights": str(tmp_path / "model.pt"), "learning_rate": 0.0, "val_interval": 2}
     settings |= {"output_dir": str(tmp_path / "again"), "ckpt_dir": str(tmp_path / "again")}
     again = ConfigWorkflow(str(CONFIGS / "train.json"), logging_file=False, **settings)
     again.initialize()
@@ -132,8 +143,9 @@ def test_inference_registers_every_pair_of_a_folder(trained, cohort, tmp_path):
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_each_overlay_trains_two_steps(name, cohort, tmp_path):
-    settings = {"dataset_dir": str(cohort), "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)} | QUICK
+def test_each_overlay_trains_two_steps(name, two_pairs, tmp_path):
+    settings = {"dataset_dir": two_pairs, "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)} | QUICK
+    settings |= {"phantom_pool": 2, "batch_size": 1}
     below = [str(CONFIGS / "segmentation.yaml")] if name == "fine_tune.yaml" else []
     files = [str(CONFIGS / "train.json"), *below, str(CONFIGS / name)]
     workflow = ConfigWorkflow(files, logging_file=False, **settings)
