@@ -189,7 +189,8 @@ def phantom(
         output_dir: a folder that is empty or does not exist; gets train, val and test sub-folders.
         patients: how many.
         seed: the same seed gives the same cohort.
-        mode: "realistic", or "randomised": any contrast, noise and field of view, to pretrain on.
+        mode: "realistic"; "randomised": any contrast, noise and field of view, to pretrain on; or "clinical": sharp
+            slices of a whole pelvis, endorectal coils and full rectums (seconds and some 10 MB a pair).
         pairs_per_patient: the most pairs of a patient; above 1 the files are called patient000000_1.nii.gz.
         like_paper: 76 patients, 108 pairs and 834 labels in the paper's proportions, not split, for crossval; of the
             other arguments only the seed counts.

@@ -26,13 +26,21 @@ class Anatomy:
         label_names: gland, transition_zone, urethra, then the landmarks this patient has.
         centres: landmark -> (x, y, z) in mm; radii: landmark -> mm.
 
+    Class attributes, for other men than those of the first cohort:
+        VOLUMES: median in mL, standard deviation of the logarithm, least and largest.
+        NODULES: one more than the most nodules of a gland.
+
     Args:
         rng: the only source of randomness.
         keep: chances that a pole, the first and the second landmark of a kind are landmarks of this patient.
     """
 
+    VOLUMES = (56, 0.42, 16, 110)  # as in men sent to biopsy
+    NODULES = 6
+
     def __init__(self, rng: np.random.Generator, keep: tuple[float, float, float] = (0.8, 0.6, 0.25)) -> None:
-        volume = float(np.clip(rng.lognormal(np.log(56), 0.42), 16, 110))  # mL, as in men sent to biopsy
+        median, spread, least, largest = self.VOLUMES
+        volume = float(np.clip(rng.lognormal(np.log(median), spread), least, largest))  # mL
         ratio = np.array([23, 18, 23]) * np.exp(rng.normal(0, 0.08, 3))
         self.axes = tuple((ratio * (volume / (4e-3 / 3 * np.pi * ratio.prod())) ** (1 / 3)).tolist())
         self.taper = rng.uniform(0.1, 0.4)
@@ -121,7 +129,7 @@ class Anatomy:
         self.centres = {keep[i]: tuple(centres[keep[i]]) for i in order}
         self.radii = {n: rng.uniform(3, 6) if n[:4] != "calc" else rng.uniform(2.4, 4) for n in self.centres}
         # nodules of hyperplasia have contrast in both scans, and no label
-        nodules = [place(zone > 1, 0.25 * size) for _ in range(rng.integers(0, 6))]
+        nodules = [place(zone > 1, 0.25 * size) for _ in range(rng.integers(0, self.NODULES))]
         self.nodules = {tuple(point): rng.uniform(3, 0.4 * size) for point in nodules if point is not None}
 
     @property
@@ -130,6 +138,14 @@ class Anatomy:
 
     def gland(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Approximate depth below the surface of the gland and of the transition zone in mm, positive inside."""
+        gland, zone = self._egg(x, y, z)
+        gland = -torch.logaddexp(-gland, -self._outside_rectum(x, y, z))  # the rectum hollows it from behind
+        base, apex = (self.axes[2] * self.ends).tolist()
+        gland = -torch.logaddexp(-gland, torch.logaddexp(z - base, -apex - z))
+        return gland, torch.minimum(zone, gland)
+
+    def _egg(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """The gland as it would be alone, and its transition zone."""
         a, b, c = self.axes
         size = (a + b + c) / 3
         k = z / c
@@ -145,12 +161,12 @@ class Anatomy:
         # the rectum leaves a groove in the posterior midline
         surface -= self.groove * j.clamp_max(0) ** 2 / (1 + (i / 0.4) ** 2) ** 2
         gland = (1 - radius / surface) * size
+        return gland, zone
+
+    def _outside_rectum(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        """Distance from the rectum, mm, negative inside."""
         offset, round_, _ = self.rectum
-        outside = ((x - offset) ** 2 + (y - self._rectal_axis(z)) ** 2).sqrt() - round_ - 0.5
-        gland = -torch.logaddexp(-gland, -outside)  # the rectum hollows it from behind
-        base, apex = (c * self.ends).tolist()
-        gland = -torch.logaddexp(-gland, torch.logaddexp(z - base, -apex - z))
-        return gland, torch.minimum(zone, gland)
+        return ((x - offset) ** 2 + (y - self._rectal_axis(z)) ** 2).sqrt() - round_ - 0.5
 
     def _rectal_axis(self, z: Tensor) -> Tensor:
         """y of the rectum's axis, mm."""
@@ -172,7 +188,7 @@ class Anatomy:
         width, slope, flare = self.pelvis
         muscle = side - (width - slope * y.clamp(-35, 25) + flare * z)
         px, py, pz = self.pubis
-        pubis = _ellipsoid((side - px, y - py - 0.2 * (side - px), z - pz), (15, 9, 13))
+        pubis = ellipsoid((side - px, y - py - 0.2 * (side - px), z - pz), (15, 9, 13))
         offset, radius, _ = self.rectum
         back = self._rectal_axis(z)
         narrow = 0.6 + 0.4 * torch.sigmoid((z + c) / 6)
@@ -207,8 +223,8 @@ class Anatomy:
             "perineum": perineum,
             "bone": torch.maximum(torch.maximum(muscle - self.obturator, pubis), sacrum),
             "plexus": gland + self.plexus[0] + self.plexus[1] * ahead,
-            "bladder": _ellipsoid((x - bx, y - by, z - bz), self.bladder),
-            "vesicle": _ellipsoid((u, y + 0.8 * b, z - 0.85 * c - tilt * u), (vx, vy, vz)),
+            "bladder": ellipsoid((x - bx, y - by, z - bz), self.bladder),
+            "vesicle": ellipsoid((u, y + 0.8 * b, z - 0.85 * c - tilt * u), (vx, vy, vz)),
             "rectum": rectum,
             "lumen": rectum - self.wall,
             "gland": gland,
@@ -216,12 +232,20 @@ class Anatomy:
             "stroma": torch.minimum(skin, (before + inside) * ahead - skin),
         }
         if self.nodules:
-            balls = [_ball(x, y, z, centre, radius) for centre, radius in self.nodules.items()]
+            balls = [ball(x, y, z, centre, radius) for centre, radius in self.nodules.items()]
             depths["nodule"] = torch.minimum(torch.stack(balls).amax(0), zone)
-        curve = self.bend * (1 - (z / c) ** 2)
-        depths["urethra"] = torch.minimum(self.urethra - (x**2 + (y - curve) ** 2).sqrt(), gland)
+        return depths | self._landmarks(gland, x, y, z)
+
+    def urethral_axis(self, z: Tensor) -> Tensor:
+        """y of the urethra's axis, mm."""
+        return self.bend * (1 - (z / self.axes[2]) ** 2)
+
+    def _landmarks(self, gland: Tensor, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """Urethra and landmarks, within the gland."""
+        curve = self.urethral_axis(z)
+        depths = {"urethra": torch.minimum(self.urethra - (x**2 + (y - curve) ** 2).sqrt(), gland)}
         for name, centre in self.centres.items():
-            depths[name] = torch.minimum(_ball(x, y, z, centre, self.radii[name]), gland)
+            depths[name] = torch.minimum(ball(x, y, z, centre, self.radii[name]), gland)
         return depths
 
 
@@ -292,11 +316,11 @@ class TrueMap:
         return tuple(points.view(3, *x.shape).to(x.dtype))
 
 
-def _ball(x: Tensor, y: Tensor, z: Tensor, centre: Sequence[float], radius: float) -> Tensor:
+def ball(x: Tensor, y: Tensor, z: Tensor, centre: Sequence[float], radius: float) -> Tensor:
     return radius - ((x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2).sqrt()
 
 
-def _ellipsoid(points: Sequence[Tensor], axes: Sequence[float]) -> Tensor:
+def ellipsoid(points: Sequence[Tensor], axes: Sequence[float]) -> Tensor:
     """Approximate depth in mm below an ellipsoid at the origin."""
     norm = sum((p / axis) ** 2 for p, axis in zip(points, axes, strict=True)).sqrt()
     return (1 - norm) * min(axes)

@@ -21,10 +21,13 @@ from tqdm import tqdm
 
 from scripts.data.checks import InputError
 from scripts.phantoms.anatomy import Anatomy, TrueMap
+from scripts.phantoms.clinical import draw_clinical_probe, draw_grids, place_glands, scan_mr, scan_trus
 from scripts.phantoms.looks import MR_LEVELS, TRUS_LEVELS, draw_look, render_mr, render_trus
+from scripts.phantoms.pelvis import ClinicalAnatomy
 from scripts.phantoms.probe import Probe, draw_probe, hard_and_soft
 
-MODES = ("realistic", "randomised")
+MODES = ("realistic", "randomised", "clinical")
+ANATOMIES = {"clinical": ClinicalAnatomy}  # the other modes: `Anatomy`
 
 
 class PhantomPair(NamedTuple):
@@ -74,39 +77,63 @@ def simulate_pair(
             the noise of the voxels does.
         fixed_shape, moving_shape: voxels (x, y, z) of the TRUS and the MR.
         fixed_spacing, moving_spacing: voxel size in mm.
-        mode: "realistic", or "randomised": any contrast, texture, noise and field of view, and larger motion.
-        anatomy: of an earlier pair of the patient; drawn if None.
+        mode: "realistic"; "randomised": any contrast, texture, noise and field of view, and larger motion; "clinical":
+            a whole pelvis in sharp slices, often with an endorectal coil or a full rectum, and sharp TRUS (grids such
+            as clinics have: `scripts.phantoms.clinical.draw_grids`).
+        anatomy: of an earlier pair of the patient; drawn if None. The clinical mode has its own kind.
         device: where the images are made and left.
     Raises:
-        ValueError: a grid is too small or too coarse, so that the gland is empty; or an unknown mode.
+        ValueError: a grid is too small or too coarse, so that the gland is empty; an unknown mode; or an anatomy of
+            another.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} must be one of {', '.join(MODES)}")
-    wild = mode == "randomised"
+    wild, clinical = mode == "randomised", mode == "clinical"
     if anatomy is None:
-        anatomy = Anatomy(rng)
+        anatomy = ANATOMIES.get(mode, Anatomy)(rng)
+    if clinical and not isinstance(anatomy, ClinicalAnatomy):
+        raise ValueError("mode 'clinical' needs a scripts.phantoms.pelvis.ClinicalAnatomy")
     scans = rng.normal(0, 30, (2, 3)).round(1)  # the centre of each volume, in its own world
     moving_affine = _centred_affine(moving_shape, moving_spacing, scans[0])
     fixed_affine = _centred_affine(fixed_shape, fixed_spacing, scans[1])
-    # where the gland lies in the volume: the spread of the public sample of real pairs
-    place = rng.normal(((0, -1.5, -1), (0, -2, 0)), np.multiply((1.5 if wild else 1), ((2.2, 6, 5), (3, 3, 5))))
-    moving_centre, fixed_centre = scans + place.clip(-16, 16)
-    stronger = {"rotation": 7.0, "deformation": 4.5, "swelling": 0.08, "press": (0.0, 10.0)} if wild else {}
-    true_map = TrueMap(rng, moving_centre, fixed_centre, anatomy.axes[1], **stronger)
-    probe = draw_probe(rng, anatomy, true_map, wild)
-    looks = [draw_look(rng, levels, wild) for levels in (MR_LEVELS, TRUS_LEVELS)]
-    noise = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+    spacings = [affine.diagonal()[:3].tolist() for affine in (moving_affine, fixed_affine)]
+    if clinical:
+        place = place_glands(rng, anatomy, np.multiply((moving_shape, fixed_shape), spacings))
+        motion = {"press": (-2.0, 3.0)} if anatomy.filling == "coil" else {}  # a coil presses as the probe does
+    else:
+        # where the gland lies in the volume: the spread of the public sample of real pairs
+        place = rng.normal(((0, -1.5, -1), (0, -2, 0)), np.multiply((1.5 if wild else 1), ((2.2, 6, 5), (3, 3, 5))))
+        place = place.clip(-16, 16)
+        motion = {"rotation": 7.0, "deformation": 4.5, "swelling": 0.08, "press": (0.0, 10.0)} if wild else {}
+    moving_centre, fixed_centre = scans + place
+    true_map = TrueMap(rng, moving_centre, fixed_centre, anatomy.axes[1], **motion)
 
     def relative(points: Sequence[Tensor]) -> list[Tensor]:
         return [p - centre for p, centre in zip(points, moving_centre.tolist(), strict=True)]
 
     moving_points, fixed_points = _axes(moving_shape, moving_affine, device), _axes(fixed_shape, fixed_affine, device)
     mapped = true_map(*fixed_points)
-    moving_depths = anatomy.depths(*relative(moving_points))
-    fixed_depths = anatomy.depths(*relative(mapped))
     displacement = torch.stack([m - p for m, p in zip(mapped, fixed_points, strict=True)])
+    if clinical:
+        probe = draw_clinical_probe(rng, anatomy, true_map)
+        noise = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+        moving_image, moving_labels = scan_mr(rng, noise, anatomy, relative(moving_points), spacings[0])
+        fixed_image, fixed_labels = scan_trus(
+            rng, noise, anatomy, fixed_points, relative(mapped), spacings[1], probe, hard_and_soft(anatomy, true_map)
+        )
+    else:
+        probe = draw_probe(rng, anatomy, true_map, wild)
+        looks = [draw_look(rng, levels, wild) for levels in (MR_LEVELS, TRUS_LEVELS)]
+        noise = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+        moving_depths, fixed_depths = anatomy.depths(*relative(moving_points)), anatomy.depths(*relative(mapped))
+        moving_labels, fixed_labels = (
+            torch.stack([depths[n] for n in anatomy.label_names]) > 0 for depths in (moving_depths, fixed_depths)
+        )
+        focal = hard_and_soft(anatomy, true_map)
+        moving_image = render_mr(noise, looks[0], moving_depths, moving_shape, spacings[0])
+        fixed_image = render_trus(noise, looks[1], fixed_depths, fixed_points, spacings[1], probe, focal)
 
-    labels = [torch.stack([depths[n] for n in anatomy.label_names]) > 0 for depths in (moving_depths, fixed_depths)]
+    labels = moving_labels, fixed_labels
     seen = torch.stack([label.flatten(1).any(1) for label in labels]).tolist()
     for side, present in zip(("moving", "fixed"), seen, strict=True):
         if not present[0]:
@@ -116,10 +143,9 @@ def simulate_pair(
     both = [m for m, present in enumerate(zip(*seen, strict=True)) if all(present)]
     moving_label, fixed_label = (label[both].to(torch.uint8).permute(1, 2, 3, 0) for label in labels)
 
-    spacings = [affine.diagonal()[:3].tolist() for affine in (moving_affine, fixed_affine)]
     return PhantomPair(
-        render_mr(noise, looks[0], moving_depths, moving_shape, spacings[0]),
-        render_trus(noise, looks[1], fixed_depths, fixed_points, spacings[1], probe, hard_and_soft(anatomy, true_map)),
+        moving_image,
+        fixed_image,
         moving_label,
         fixed_label,
         moving_affine,
@@ -152,7 +178,7 @@ def write_cohort(
         split: shares of train, val and test. A share above 0 gets at least one patient; train takes the rest.
         pairs_per_patient: the most pairs of a patient. Above 1 a patient has 1 to that many pairs of the same anatomy,
             each with its own motion and noise, and the files are called patient000000_1.nii.gz.
-        pair_options: passed to `simulate_pair`.
+        pair_options: passed to `simulate_pair`. The clinical mode draws the grids that are not given.
     Returns:
         `output_dir`.
     Raises:
@@ -168,14 +194,20 @@ def write_cohort(
     if pairs_per_patient < 1:
         raise ValueError(f"pairs_per_patient {pairs_per_patient} must be at least 1")
 
+    clinical = pair_options.get("mode") == "clinical"
+
+    def grids(rng: np.random.Generator) -> dict:
+        return (draw_grids(rng) if clinical else {}) | pair_options
+
     for patient, part in enumerate(tqdm(["train"] * train + ["val"] * val + ["test"] * test, desc="phantom")):
         rng = np.random.default_rng([seed, patient])
         if pairs_per_patient == 1:
-            write_pair(output_dir / part, f"case{patient:06d}", simulate_pair(rng, **pair_options))
+            write_pair(output_dir / part, f"case{patient:06d}", simulate_pair(rng, **grids(rng)))
             continue
-        anatomy = Anatomy(rng)
+        anatomy = ANATOMIES.get(pair_options.get("mode"), Anatomy)(rng)
         for k in range(1, 1 + int(rng.integers(1, pairs_per_patient + 1))):
-            pair = simulate_pair(np.random.default_rng([seed, patient, k]), anatomy=anatomy, **pair_options)
+            own = np.random.default_rng([seed, patient, k])
+            pair = simulate_pair(own, anatomy=anatomy, **grids(own))
             write_pair(output_dir / part, f"patient{patient:06d}_{k}", pair)
     return output_dir
 

@@ -20,10 +20,13 @@ from tqdm import tqdm
 from scripts.data.checks import InputError
 from scripts.data.gate import read
 from scripts.network import fields
+from scripts.phantoms.clinical import draw_grids
 from scripts.phantoms.phantom import MODES, PhantomPair, simulate_pair
 from scripts.registration.transforms import from_grid
 
 SIDES = ("moving", "fixed")
+MIXTURES = {"mixed": ("realistic", "randomised"), "all": MODES}
+CLINICAL_PIXELS = (96, 144)  # along an edge of a slice
 RENEWAL = 4  # batches until a simulated pair is replaced by a new one
 
 
@@ -41,10 +44,12 @@ def as_loaded(phantom: PhantomPair) -> dict[str, Any]:
 class SimulatedPairs(Dataset):
     """New phantoms without end, as `scripts.data.pairs.LoadPaird` leaves a pair: item k is drawn from (seed, k) alone.
 
-    Fields of view and voxel sizes vary as those of clinical scans do; some 40 to 60 voxels along the longest edge.
+    Fields of view and voxel sizes vary as those of clinical scans do; some 40 to 60 voxels along the longest edge. In
+    the clinical mode slices are as thick as clinics', and 96 to 144 pixels wide: a network sees the whole in 32 to 48.
 
     Args:
-        mode: see `scripts.phantoms.phantom.simulate_pair`; or "mixed", either of its modes with equal chance.
+        mode: see `scripts.phantoms.phantom.simulate_pair`; or a mixture of modes with equal chances: "mixed" of
+            "realistic" and "randomised", "all" of these and "clinical".
         seed: of all pairs.
         device: where they are made and left.
         transform: applied to each pair.
@@ -67,8 +72,13 @@ class SimulatedPairs(Dataset):
         trus, mr = random.uniform((80, 60, 55), (115, 95, 85)), random.uniform((90, 90, 70), (170, 150, 115))  # mm
         voxels = [edges.max() / random.uniform(40, 60) for edges in (trus, mr)]
         shapes = [np.ceil(e / v).astype(int).tolist() for e, v in zip((trus, mr), voxels, strict=True)]
-        mode = MODES[random.integers(len(MODES))] if self.mode == "mixed" else self.mode
-        made = simulate_pair(random, shapes[0], voxels[0], shapes[1], voxels[1], mode, device=self.device)
+        modes = MIXTURES.get(self.mode)
+        mode = modes[random.integers(len(modes))] if modes else self.mode
+        grids = (shapes[0], voxels[0], shapes[1], voxels[1])
+        if mode == "clinical":
+            drawn = draw_grids(random, CLINICAL_PIXELS)
+            grids = [drawn[k] for k in ("fixed_shape", "fixed_spacing", "moving_shape", "moving_spacing")]
+        made = simulate_pair(random, *grids, mode, device=self.device)
         pair = as_loaded(made) | {"case": f"phantom{index}", "simulated": True}
         return self.transform(pair) if self.transform else pair
 

@@ -295,7 +295,7 @@ def test_randomised_glands_are_brighter_or_darker_than_what_surrounds_them():
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="mode 'real' must be one of realistic, randomised"):
+    with pytest.raises(ValueError, match="mode 'real' must be one of realistic, randomised, clinical"):
         simulate_pair(np.random.default_rng(0), mode="real")
 
 
