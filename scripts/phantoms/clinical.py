@@ -36,7 +36,7 @@ MR = {
     "levator": (45, 5, 4, 0),
     "sphincter": (62, 10, 12, 5),
     "plexus": (120, 34, 40, 10),
-    "penis": (120, 12, 15, 0),
+    "penis": (105, 12, 15, 0),
     "urethral_sphincter": (60, 4, 4, 0),
     "urethral_wall": (115, 8, 8, 0),
     "bladder_wall": (55, 6, 6, 0),
@@ -52,9 +52,9 @@ MR = {
     "stool": (75, 35, 40, 15),
     "gel": (215, 3, 4, 5),
     "gland": (150, 12, 18, 20),
-    "transition_zone": (92, 14, 20, 14),
+    "transition_zone": (92, 12, 16, 14),
     "stroma": (48, 5, 5, 0),
-    "nodule": (105, 18, 34, 20),
+    "nodule": (105, 15, 27, 18),
     "urethra": (105, 5, 10, 0),
     "lesion": (58, 6, 6, 0),
     "cyst": (225, 0, 0, 0),
@@ -169,7 +169,7 @@ def scan_mr(
     """
     table = _drawn(rng, MR, 0.13)
     table["gland"] = (rng.uniform(85, 205), *table["gland"][1:])  # the peripheral zone: inflamed to healthy
-    table["coil"] = (float(rng.choice([6, 10, 15, 30, 70, 150], p=[0.3, 0.2, 0.2, 0.15, 0.1, 0.05])), 2, 0, 3)
+    table["coil"] = (float(rng.choice([2, 4, 7, 12, 22, 45], p=[0.25, 0.25, 0.2, 0.15, 0.1, 0.05])), 2, 0, 3)
     table["fat"] = (rng.uniform(110, 215), *table["fat"][1:])
     table["bladder"] = (rng.uniform(170, 260), *table["bladder"][1:])
     bias, skin_gain, sigma = rng.uniform(0.05, 0.3), rng.uniform(0, 0.8), rng.uniform(2, 9)
@@ -245,6 +245,7 @@ def scan_trus(
         own = [m[..., part] for m in mapped]
         depths = anatomy.depths(*own)
         across, ahead, distance = probe.beam(*points)
+        angle = torch.atan2(across, ahead)
         # the probe fills the rectum now, whatever was in it at the time of the MR
         for name in ("air", "skin", "coil", "shaft", "bore", "gas", "stool", "gel"):
             depths.pop(name, None)
@@ -253,6 +254,7 @@ def scan_trus(
             depths["catheter"] = catheter(*own)
         level = _paint(table, depths, [g[..., part] for g in grains], spacing[0])
         facing = _facing(depths["gland"], across, ahead, distance, spacing)
+        level -= 140 * _behind(depths["bone"] - 2, probe, points, distance, angle)
         for name, echo in ECHOES.items():
             if name in depths:
                 level += echo * echoes * ridge(depths[name] / 1.2) * (facing if name == "gland" else 0.6)
@@ -260,7 +262,6 @@ def scan_trus(
         level += near * torch.exp(-from_surface / decay)
         level += rings * torch.cos(2 * np.pi * from_surface / period) * torch.exp(-from_surface / 6)
         level -= loss * from_surface + 2 * loss * (from_surface - 45).clamp_min(0)
-        angle = torch.atan2(across, ahead)
         level += streaks * _fan(noise, angle)
         for centre, radius, lost in focal:
             c_across, c_ahead, c_distance = (v.item() for v in probe.beam(*torch.tensor(centre)[:, None]))
@@ -383,6 +384,23 @@ def _facing(depth: Tensor, across: Tensor, ahead: Tensor, distance: Tensor, spac
     along_x, along_y = (torch.gradient(depth, spacing=float(s), dim=d)[0] for d, s in enumerate(spacing[:2]))
     cosine = (along_x * across + along_y * ahead) / distance.clamp_min(1)
     return (cosine**2 / (along_x**2 + along_y**2 + 1e-3)).clamp(0, 1)
+
+
+def _behind(depth: Tensor, probe: Probe, points: Sequence[Tensor], distance: Tensor, angle: Tensor) -> Tensor:
+    """1 where the beam has met something with a positive `depth` on its way, else 0; shape (X, Y, Z)."""
+    x, y, z = (line.flatten() for line in points)
+    far = distance.max()
+    radii, angles = torch.linspace(0, 1, 96, device=x.device) * far, torch.linspace(-np.pi, np.pi, 240, device=x.device)
+    off = radii[:, None, None] * torch.stack([torch.cos(angles), torch.sin(angles)], -1)  # y and x
+    middle = [probe.position[i] + probe.slopes[i] * (z - probe.position[2]) for i in (1, 0)]
+    polar = off[None] + torch.stack(middle, -1)[:, None, None]
+    low, high = torch.stack([y[0], x[0]]), torch.stack([y[-1], x[-1]])
+    sample = {"mode": "bilinear", "padding_mode": "zeros", "align_corners": True}
+    grid = 2 * (polar - low) / (high - low) - 1
+    met = torch.nn.functional.grid_sample((depth > 0).float().permute(2, 0, 1)[:, None], grid, **sample)
+    met = met.cummax(2).values
+    back = torch.stack([angle / np.pi, 2 * distance / far - 1], -1).permute(2, 0, 1, 3)
+    return torch.nn.functional.grid_sample(met, back, **sample)[:, 0].permute(1, 2, 0)
 
 
 def _fan(noise: torch.Generator, angle: Tensor) -> Tensor:

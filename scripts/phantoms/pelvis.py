@@ -37,11 +37,11 @@ class ClinicalAnatomy(Anatomy):
 
     def _draw_gland(self, rng: np.random.Generator) -> None:
         a, b, c = self.axes
-        self.axes = a, b, c = (a * 1.04, b * 0.96, c * 0.9)  # the apex below makes up for the length
+        self.axes = a, b, c = (a, b, c * 0.9)  # the apex below makes up for the length
         large = float(np.clip((a * b * c / 9500 - 0.6) * 0.5, 0, 0.3))  # hyperplasia leaves a rim of peripheral zone
         self.inner = float(np.clip(rng.uniform(0.5, 0.78) + large, 0.45, 0.97))
         self.inner_centre = (rng.normal(0, 0.04), rng.uniform(0.1, 0.26), rng.uniform(0.1, 0.32))
-        self.apex = (rng.uniform(1.0, 1.4), rng.uniform(0, 0.6))  # how much longer, and slimmer, than an egg's
+        self.apex = (rng.uniform(1.0, 1.4), rng.uniform(0.1, 0.8))  # how much longer, and slimmer, than an egg's
         self.tilt = rng.uniform(0, 0.3)  # of the gland's axis, forward towards the apex
         self.ends = np.array([rng.uniform(0.75, 1.05), rng.uniform(0.95, 1.05)])
         self.lobe = None
@@ -73,7 +73,7 @@ class ClinicalAnatomy(Anatomy):
         half, front, back = rng.uniform(165, 205), rng.uniform(75, 120), rng.uniform(90, 125)
         self.body = (rng.normal(0, 4), half, front, back)  # middle, half-width, skin in front and behind, mm
         self.skin_fat = (rng.uniform(10, 40), rng.uniform(12, 38))  # in front and at the sides; behind
-        self.bend_waves = rng.uniform((0.8, 13, 18, 0), (2.6, 30, 40, 6.28), (3, 4)).tolist()
+        self.bend_waves = rng.uniform((1.2, 13, 16, 0), (3.6, 30, 40, 6.28), (3, 4)).tolist()
         half_axes = (rng.uniform(24, 46), rng.uniform(16, 36), rng.uniform(12, 42))
         self.bladder = half_axes
         self.bladder_centre = (rng.normal(0, 4), rng.uniform(4, 20), c * rng.uniform(0.6, 0.95) + half_axes[2])
@@ -88,16 +88,18 @@ class ClinicalAnatomy(Anatomy):
         _, b, c = self.axes
         hip = np.array([rng.uniform(83, 94), rng.uniform(0, 14), rng.uniform(6, 34)])
         self.hip, self.hip_radius = hip, rng.uniform(22, 26)
-        y, z = b + rng.uniform(12, 22), -c * rng.uniform(0.2, 0.8)  # of the symphysis
+        y, z = b + rng.uniform(12, 22), c * rng.uniform(-0.5, 0.3)  # of the symphysis
         self.symphysis = (y, z, rng.uniform(1.5, 3))
-        upper, lower = np.array([14, y + 5, z + 11]), np.array([13, y - 3, z - 12])
+        upper, lower = np.array([11, y + 4, z + 10]), np.array([11, y - 2, z - 11])
         tuber = np.array([rng.uniform(50, 60), rng.uniform(-42, -30), -c - rng.uniform(18, 30)])
         shaft = hip + (40, -16, -22)
         self.bones = [  # from, to, radius at either end, of one side
-            (upper, hip + (-22, 20, 8), 12, 12),
-            (upper, lower, 12.5, 11),
-            (lower, tuber + (-4, 6, 0), 8, 8),
-            (tuber, hip + (-18, -22, 0), 14, 12),
+            (upper, hip + (-22, 18, 8), 11, 12),
+            (upper, upper + (18, -7, -4), 11, 9),
+            (lower, lower + (17, -9, -4), 11, 9),
+            (lower + (14, -8, -4), tuber + (-4, 6, 0), 8, 8),
+            (tuber, hip + (-18, -22, 0), 15, 12),
+            (tuber + (8, 8, 8), hip + (-10, -14, -8), 13, 12),
             (hip + (-10, -4, 30), hip + (8, -8, 130), 17, 15),
             (hip, shaft, 15, 14),
             (shaft, hip + (32, -2, -160), 17, 13),
@@ -171,13 +173,16 @@ class ClinicalAnatomy(Anatomy):
         oval = (((x - middle).abs() / half) ** 2.5 + ((y - (front - back) / 2).abs() / deep) ** 2.5) ** 0.4
         body = (1 - oval) * deep
         cleft = 0.06 * (45 - back - y) + 0.25 * (16 - back - y).clamp_min(0) - 0.05 * z.clamp_min(0)
-        body = torch.minimum(body, (x - middle).abs() - cleft)
+        body = torch.minimum(body, (x - middle).abs() - cleft + 3 * (y + back - 45).clamp_min(0))
         before, behind = self.skin_fat
         fascia = body - before - (behind - before) * torch.sigmoid(-(y + 30) / 12)
         wall = self._wall(side, y, z)
         start, rise, apart, strand = self.glutei
         sy, sz, gap = self.symphysis
-        hip = torch.minimum(torch.minimum(fascia, wall), torch.minimum(y + 40, sy + 5 + 0.5 * side - y))
+        # before the pubis the muscles of the thighs meet
+        met = torch.minimum(torch.minimum(side - 1, y - sy + 12 - 0.2 * side), sz + 22 - 0.4 * (y - sy) - z)
+        hip = torch.minimum(torch.maximum(wall, met), torch.minimum(y + 40, sy + 9 + 0.5 * side - y))
+        hip = torch.minimum(hip, fascia)
         gluteus = torch.minimum(torch.minimum(fascia, side - apart), rise * (side - 30).clamp_min(0) - start - y)
         hx, hy, hz = self.hip
         number, phase, thin = self.muscles
@@ -192,7 +197,7 @@ class ClinicalAnatomy(Anatomy):
         hips = {}
         if hx - self.hip_radius - 14 < reach:
             head = ball(side, y, z, self.hip, self.hip_radius)
-            socket = torch.minimum(torch.minimum(head + 13, -4 - head), hx + 4 + 0.3 * (z - hz) - side)
+            socket = torch.minimum(torch.minimum(head + 13, -3 - head), hx + 4 + 0.3 * (z - hz) - side)
             bone = torch.maximum(bone, torch.maximum(head, socket))
             hips["vessel"] = _ring((side, y), (hx - 16, hy + 46 + 0.1 * (front - 90)), 5)
             hips["vein"] = _ring((side, y), (hx - 30, hy + 43 + 0.1 * (front - 90)), 6)
@@ -204,16 +209,31 @@ class ClinicalAnatomy(Anatomy):
             "skin": torch.minimum(body, 2.2 - body),
             "hip": hip,
             "gluteus": gluteus,
-            "septum": torch.minimum(torch.maximum(torch.minimum(hip, septa), self._strands(side, y, z, gluteus)), body),
-            "rectus": torch.minimum(torch.minimum(torch.minimum(fascia, 10 - fascia), y - 20), 38 - side + 0.2 * z),
+            "septum": torch.maximum(
+                torch.minimum(hip, septa),
+                self._strands(side, y, z, torch.maximum(gluteus, torch.minimum(hip - 2, wall - 16))),
+            ),
+            "rectus": torch.minimum(
+                torch.minimum(torch.minimum(fascia, 10 - fascia), y - 20),
+                torch.minimum(38 - side + 0.2 * z, z - sz - 4),
+            ),
         }
         return around | hips
 
-    def _strands(self, side: Tensor, y: Tensor, z: Tensor, gluteus: Tensor) -> Tensor:
-        """Fat between the strands of the gluteal muscle."""
+    def _strands(self, side: Tensor, y: Tensor, z: Tensor, muscle: Tensor) -> Tensor:
+        """Fat between the strands of the muscles."""
         strand = self.glutei[3]
-        wave = torch.sin((0.4 * side + 0.9 * y + 3 * torch.sin(side / 9 + z / 5) + 2 * torch.sin(y / 6)) / strand)
-        return torch.minimum(gluteus - 1, (wave - 0.8) * strand)
+        way = (
+            0.4 * side
+            + 0.9 * y
+            + 3 * torch.sin(side / 9 + z / 5)
+            + 2 * torch.sin(y / 6)
+            + 4 * torch.sin(side / 21 - y / 16)
+        )
+        wave = torch.sin(way / strand)
+        # more here, none there
+        fat = 0.95 + 0.2 * torch.sin(side / 13 + z / 11 + self.glutei[0]) * torch.sin(y / 9 - z / 19 + side / 23)
+        return torch.minimum(muscle - 1, (wave - fat) * strand)
 
     def core(self, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
         """What lies between the pelvic walls: all of it within `CORE`."""
@@ -234,7 +254,6 @@ class ClinicalAnatomy(Anatomy):
         within = width * ((y - back) / 22).clamp(0, 1).sqrt() - side
         sy, sz, _ = self.symphysis
         closed = torch.minimum(sy - 6 - y, 0.4 * c - z)
-        inside = torch.minimum(within, sy - 6 - y)  # of the levator's horseshoe
         levator = torch.minimum(torch.minimum(thickness - within.abs(), closed), -wall)
         canal = 6.5 - (x**2 + (y - self.urethral_axis(z.clamp_min(apex))) ** 2).sqrt()
         urethra = torch.minimum(canal, apex + 3 - z)
@@ -252,11 +271,17 @@ class ClinicalAnatomy(Anatomy):
             "bowel": torch.minimum(torch.minimum(z - self.bowel, -wall - 2), 60 - y),
             "sacrum": torch.minimum(8 + 0.1 * z.clamp(-20, 80) - (side**2 + (y - tail) ** 2).sqrt(), z + 0.6 * c),
             "levator": levator,
-            "sphincter": torch.minimum(inside, torch.minimum(apex - 1 - z, sy - 16 - y)),
+            "sphincter": torch.minimum(
+                width * ((y - back) / 22).clamp(0, 1).sqrt() * ((sy - 10 - y) / 24).clamp(0, 1).sqrt() - side,
+                apex - 1 - z,
+            ),
             "plexus": torch.minimum(plexus, torch.minimum(-wall - 1, z - apex + 6)),
             "penis": torch.maximum(
-                ellipsoid((x, y - sy + 24, z - apex + 24), (12, 11, 13)),
-                _rod((side, y, z), (12, sy - 16, apex - 16), (44, -20, apex - 34), (5, 6)),
+                torch.maximum(
+                    ellipsoid((x, y - sy + 24, z - apex + 24), (12, 11, 13)),
+                    _rod((side, y, z), (12, sy - 16, apex - 16), (44, -20, apex - 34), (5, 6)),
+                ),
+                _rod((x, y, z), (0, sy - 8, sz - 30), (0, sy + 60, sz - 14), (10, 12)),
             ),
             "urethral_sphincter": urethra,
             "urethral_wall": urethra - 2.2,
