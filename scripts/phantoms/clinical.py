@@ -204,7 +204,7 @@ def scan_mr(
         labels.append(found)
     signal = torch.cat(slices, 2) * torch.exp(bias * smooth_noise(noise, shape, spacing, 120))
     inner = signal.flatten()[:: max(1, signal.numel() // 100_000)]
-    scale = gain * 170 / inner.quantile(0.98).clamp_min(1)
+    scale = gain * 170 / inner.quantile(0.995 if anatomy.filling == "coil" else 0.98).clamp_min(1)
     first, second = torch.randn((2, *shape), generator=noise, device=noise.device) * sigma
     signal = torch.hypot(signal * scale + first, second)
     matrices = [gaussian_rows(n, n, s, signal.device) for n, s in zip(shape, (*blur, 0.05), strict=True)]

@@ -52,7 +52,7 @@ class ClinicalAnatomy(Anatomy):
     def _draw_rectum(self, rng: np.random.Generator) -> None:
         _, _, c = self.axes
         self.filling = str(rng.choice(list(FILLINGS), p=list(FILLINGS.values())))
-        full = {"coil": (12.5, 20), "gas": (10, 22.5), "stool": (10, 21), "gel": (9, 19), "collapsed": (7, 10.5)}
+        full = {"coil": (14, 21.5), "gas": (10, 22.5), "stool": (10, 21), "gel": (9, 19), "collapsed": (7, 10.5)}
         wide = {"coil": (0.97, 1.1), "gas": (0.9, 1.3), "stool": (0.9, 1.3), "gel": (0.9, 1.5), "collapsed": (1, 1.6)}
         contact = {"coil": (-8, -2), "collapsed": (-3, 3)}.get(self.filling, (-5, 1))
         self.contact = rng.uniform(*contact)
@@ -166,9 +166,8 @@ class ClinicalAnatomy(Anatomy):
 
     def around(self, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
         """What lies outside the pelvic wall, with the pubis; parts beyond the widest of the points are left out."""
-        x, y, z = self._bent(x, y, z)
+        lines = x, y, z
         middle, half, front, back = self.body
-        side = x.abs()
         deep = (front + back) / 2
         oval = (((x - middle).abs() / half) ** 2.5 + ((y - (front - back) / 2).abs() / deep) ** 2.5) ** 0.4
         body = (1 - oval) * deep
@@ -176,23 +175,29 @@ class ClinicalAnatomy(Anatomy):
         body = torch.minimum(body, (x - middle).abs() - cleft + 3 * (y + back - 45).clamp_min(0))
         before, behind = self.skin_fat
         fascia = body - before - (behind - before) * torch.sigmoid(-(y + 30) / 12)
+        number, phase, thin = self.muscles
+        hx, hy, hz = self.hip
+        out = x.abs() - hx, y - hy
+        away = (out[0] ** 2 + out[1] ** 2).sqrt()
+        turn = number / 2 * torch.atan2(out[1], out[0]) + phase + 0.5 * torch.sin(away / 14 + phase)
+        septa = torch.minimum(thin - torch.sin(turn + z / 60).abs() * (2 / number * away), away - 30)
+        strands = self._strands(x, y, z)
+        x, y, z = self._bent(x, y, z)
+        side = x.abs()
         wall = self._wall(side, y, z)
-        start, rise, apart, strand = self.glutei
+        start, rise, apart, _ = self.glutei
         sy, sz, gap = self.symphysis
         # before the pubis the muscles of the thighs meet
         met = torch.minimum(torch.minimum(side - 1, y - sy + 12 - 0.2 * side), sz + 22 - 0.4 * (y - sy) - z)
         hip = torch.minimum(torch.maximum(wall, met), torch.minimum(y + 40, sy + 9 + 0.5 * side - y))
         hip = torch.minimum(hip, fascia)
         gluteus = torch.minimum(torch.minimum(fascia, side - apart), rise * (side - 30).clamp_min(0) - start - y)
-        hx, hy, hz = self.hip
-        number, phase, thin = self.muscles
-        out = side - hx, y - hy
-        away = (out[0] ** 2 + out[1] ** 2).sqrt()
-        turn = number / 2 * torch.atan2(out[1], out[0]) + phase + z / 60 + 0.5 * torch.sin(away / 14 + phase)
-        septa = torch.minimum(thin - torch.sin(turn).abs() * (2 / number * away), away - 30)
         reach = side.max().item()
-        rods = [_rod((side, y, z), p, q, r) for p, q, *r in self.bones if min(p[0] - r[0], q[0] - r[1]) < reach]
-        bone = torch.stack(rods).amax(0) if rods else torch.full_like(side, -100)
+        bone = torch.full_like(side, -100)
+        for first, second, *radii in self.bones:
+            if min(first[0] - radii[0], second[0] - radii[1]) < reach:
+                box = _box(lines, first, second, max(radii) + 8)
+                torch.maximum(bone[box], _rod((side[box], y[box], z[box]), first, second, radii), out=bone[box])
         bone = torch.minimum(bone, side - gap)
         hips = {}
         if hx - self.hip_radius - 14 < reach:
@@ -211,7 +216,7 @@ class ClinicalAnatomy(Anatomy):
             "gluteus": gluteus,
             "septum": torch.maximum(
                 torch.minimum(hip, septa),
-                self._strands(side, y, z, torch.maximum(gluteus, torch.minimum(hip - 2, wall - 16))),
+                torch.minimum(torch.maximum(gluteus, torch.minimum(hip - 2, wall - 16)) - 1, strands),
             ),
             "rectus": torch.minimum(
                 torch.minimum(torch.minimum(fascia, 10 - fascia), y - 20),
@@ -220,20 +225,18 @@ class ClinicalAnatomy(Anatomy):
         }
         return around | hips
 
-    def _strands(self, side: Tensor, y: Tensor, z: Tensor, muscle: Tensor) -> Tensor:
-        """Fat between the strands of the muscles."""
-        strand = self.glutei[3]
+    def _strands(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        """Depth below the surface of the fat between the strands of muscle, wherever there is muscle."""
+        phase, strand = self.glutei[2:]
         way = (
-            0.4 * side
+            0.4 * x.abs()
+            + 3 * torch.sin(x / 9 + z / 5)
             + 0.9 * y
-            + 3 * torch.sin(side / 9 + z / 5)
             + 2 * torch.sin(y / 6)
-            + 4 * torch.sin(side / 21 - y / 16)
+            + 4 * torch.sin(x / 21 - y / 16)
         )
-        wave = torch.sin(way / strand)
-        # more here, none there
-        fat = 0.95 + 0.2 * torch.sin(side / 13 + z / 11 + self.glutei[0]) * torch.sin(y / 9 - z / 19 + side / 23)
-        return torch.minimum(muscle - 1, (wave - fat) * strand)
+        more = 0.2 * torch.sin(x / 13 + z / 11 + phase) * torch.sin(y / 9 - z / 19)  # here, and none there
+        return (torch.sin(way / strand) - 0.95 - more) * strand
 
     def core(self, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
         """What lies between the pelvic walls: all of it within `CORE`."""
@@ -324,6 +327,18 @@ class ClinicalAnatomy(Anatomy):
             depths["nodule"] = torch.minimum(torch.stack(balls).amax(0), zone)
         depths |= self._landmarks(gland, x, y, z)
         return depths
+
+
+def _box(lines: Sequence[Tensor], first: Sequence[float], second: Sequence[float], far: float) -> tuple[slice, ...]:
+    """What of y and z, where they are the lines of a grid, lies within `far` of the box between two points."""
+    box = [slice(None)] * 3
+    for axis in (1, 2):
+        line = lines[axis]
+        if line.numel() == line.shape[axis - 3]:
+            near = (line > min(first[axis], second[axis]) - far) & (line < max(first[axis], second[axis]) + far)
+            found = near.flatten().nonzero().flatten()
+            box[axis] = slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
+    return tuple(box)
 
 
 def _rod(points: Sequence[Tensor], first: Sequence[float], second: Sequence[float], radii: Sequence[float]) -> Tensor:

@@ -122,7 +122,7 @@ def test_what_fills_the_rectum_is_as_wide_as_in_clinics_and_never_in_the_gland(f
         assert held.any() and not (held & (depths["gland"] > 0)).any()
         assert not ((depths["rectum"] > 0) & (depths["gland"] > 0)).any()
         wide = 1.5 * held.flatten(1, 2).any(1).sum().item()
-        assert 10 < wide < 56 and (filling != "coil" or 22 < wide < 46)  # mm
+        assert 10 < wide < 56 and (filling != "coil" or 22 < wide < 48)  # mm
 
 
 def test_a_coil_pushes_its_rectum_into_the_glands_back():
@@ -150,7 +150,7 @@ def test_the_air_outside_the_body_is_dark(large):
     for pair in large[:3]:
         air = pair.anatomy.around(*relative(pair))["air"]
         assert (air > 15).float().mean() > 0.1
-        assert pair.moving_image[air > 15].mean() < 20 < pair.moving_image[air < -15].mean()
+        assert pair.moving_image[air > 15].mean() < min(20, 0.8 * pair.moving_image[air < -15].mean())
 
 
 def test_glands_taper_towards_a_long_apex():
@@ -211,3 +211,14 @@ def test_a_cohort_of_the_clinical_mode_is_written(tmp_path):
         tmp_path / "new", 1, split=(1, 0, 0), pairs_per_patient=2, mode="clinical", moving_spacing=(4, 4, 4), **SMALL
     )
     assert list((tmp_path / "new" / "train" / "moving_images").iterdir())
+
+
+def test_grid_lines_and_points_in_full_show_the_same_bones():
+    lines = [
+        torch.linspace(-130, 130, 14)[:, None, None],
+        torch.linspace(-90, 90, 13)[:, None],
+        torch.linspace(-50, 50, 9),
+    ]
+    found, full = (anatomy(0).around(*points)["bone"] for points in (lines, torch.broadcast_tensors(*lines)))
+    assert torch.equal(found > -4, full > -4) and (found > 0).any()  # mm; farther away nobody asks how far
+    torch.testing.assert_close(found[found > -4], full[full > -4], rtol=0, atol=1e-3)
