@@ -1,4 +1,4 @@
-"""The picture of docs/phantom.md and its table: realistic and randomised phantoms, with real pairs above on request.
+"""The picture of docs/phantom.md and its table: phantoms of every mode, with real pairs above on request.
 
 python benchmarks/phantom_page.py                                                    # writes docs/phantom.png
 python benchmarks/phantom_page.py --pairs DIR --left_right 1 --voxel_size 1.6        # label-reg's sample on top
@@ -158,7 +158,7 @@ def main() -> None:
         shown = [real[k : k + BESIDE] for k in range(0, ROWS * BESIDE, BESIDE)]
         rows += [("real pairs", pairs) for pairs in shown if pairs]
         lines.append(row("real pairs", iter(real)))
-    for mode in MODES:  # the same patients in both
+    for mode in MODES:  # the same patients in the first two
         stream = SimulatedPairs(mode)
         rows += [(f"{mode} phantoms", [scans(stream[r * BESIDE + k]) for k in range(BESIDE)]) for r in range(ROWS)]
         started = time.perf_counter()
