@@ -84,7 +84,7 @@ def simulate_pair(
         device: where the images are made and left.
     Raises:
         ValueError: a grid is too small or too coarse, so that the gland is empty; an unknown mode; or an anatomy of
-            another.
+            another mode.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} must be one of {', '.join(MODES)}")
