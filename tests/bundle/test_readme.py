@@ -187,7 +187,21 @@ SMALLER = {  # of the plain training loop; the other blocks run as they are
 }
 
 
-def test_the_python_of_the_pipeline_guide_runs(bundle, monkeypatch):
+@pytest.fixture
+def modules_of_its_own():
+    """What is imported from a copy of the bundle is forgotten, and this bundle's modules are as they were."""
+
+    def ours():
+        return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "scripts"}
+
+    before = ours()
+    yield
+    for name in ours():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def test_the_python_of_the_pipeline_guide_runs(bundle, monkeypatch, modules_of_its_own):
     """Each block by itself; `BUNDLE` is the copy, `DIR` and the images lie in the working folder."""
     page = (ROOT / "docs" / "guides" / "pipeline.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
