@@ -163,7 +163,7 @@ def checked_formats(formats: str | Sequence[str] | None, pairs: Iterable[Mapping
         pairs: the datalist; "dicom" needs both images of each to be DICOM series.
 
     Raises:
-        InputError: an unknown name; with "dicom", see `scripts.data.dicom_registration.read_series`.
+        InputError: an unknown name; with "dicom", see `scripts.data.dicom.registration.read_series`.
     """
     names = formats.split(",") if isinstance(formats, str) else ensure_tuple(formats or ())
     names = list(dict.fromkeys(str(name).strip() for name in names if str(name).strip()))
@@ -171,7 +171,7 @@ def checked_formats(formats: str | Sequence[str] | None, pairs: Iterable[Mapping
     if unknown:
         raise InputError(f"formats: {unknown[0]} is none of {', '.join(FILES)}")
     if "dicom" in names:
-        from scripts.data.dicom_registration import check_pair
+        from scripts.data.dicom.registration import check_pair
 
         for pair in pairs:
             check_pair(pair["moving_image"], pair["fixed_image"])
@@ -203,7 +203,7 @@ def save_formats(
 
 
 def _save_dicom(path: Path, displacement: np.ndarray, affine: np.ndarray, item: Mapping[str, Any]) -> None:
-    from scripts.data.dicom_registration import save_dicom, save_warped_series
+    from scripts.data.dicom.registration import save_dicom, save_warped_series
 
     series, warped = (item["moving_file"], item["fixed_file"]), item["warped_moving_image"]
     save_dicom(path, displacement, affine, *series)

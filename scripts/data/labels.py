@@ -17,7 +17,7 @@ from monai.utils import ensure_tuple
 
 from scripts.data import checks
 from scripts.data.checks import InputError
-from scripts.data.dicom import is_segmentation
+from scripts.data.dicom.reader import is_segmentation
 from scripts.data.itk_images import read_header
 from scripts.data.volumes import load_segmentation, load_volume
 

@@ -9,7 +9,7 @@ from monai.transforms import Transform
 
 from scripts.data import checks, formats
 from scripts.data.datalist import IMAGES, LABELS, OPTIONS, TRUTH
-from scripts.data.dicom import modality
+from scripts.data.dicom.reader import modality
 from scripts.data.labels import checked_values, load_label
 from scripts.data.volumes import load_volume
 
@@ -28,7 +28,7 @@ class LoadPaird(Transform):
         label_values: the structures of an integer index map in the order of the channels, the gland first; None if
             label files hold one binary map per channel.
         moving_spacing, fixed_spacing: voxel size (x, y, z) in mm of images, and their labels, that state none.
-        moving_series, fixed_series: which of several volumes of a file or folder, see `scripts.data.dicom_series`.
+        moving_series, fixed_series: which of several volumes of a file or folder, see `scripts.data.dicom.series`.
             A pair's own settings of these names go before all four.
 
     Raises:

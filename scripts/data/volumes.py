@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from scripts.data import checks, dicom
+from scripts.data import checks
 from scripts.data.checks import InputError
 from scripts.data.colour import grey
-from scripts.data.dicom_frames import by
-from scripts.data.dicom_segmentation import read_segments
+from scripts.data.dicom import reader
+from scripts.data.dicom.frames import by
+from scripts.data.dicom.segmentation import read_segments
 from scripts.data.itk_images import CHUNK, METAIMAGE, NRRD, Raster, read_by_itk
 
 PAIRED = (".hdr", ".img", ".hdr.gz", ".img.gz")  # NIfTI in two files
@@ -44,7 +45,7 @@ def load_volume(
 
     Args:
         spacing: voxel size (x, y, z) in mm for a file that states none; it replaces another that is stated, aloud.
-        series: which of several volumes, see `scripts.data.dicom.read`; of another format its number, from 1.
+        series: which of several volumes, see `scripts.data.dicom.reader.read`; of another format its number, from 1.
         side: "moving" or "fixed", whose options a refusal names.
 
     Raises:
@@ -53,9 +54,9 @@ def load_volume(
     if not Path(path).exists():
         raise InputError(f"{path}: file not found")
     size = checks.voxel_size(f"{side}_spacing" if side else "spacing", spacing)
-    is_dicom = not path.lower().endswith(NAMED) and dicom.is_dicom(path)
+    is_dicom = not path.lower().endswith(NAMED) and reader.is_dicom(path)
     if is_dicom:
-        array, affine = _read(path, dicom.read, size, series, side)
+        array, affine = _read(path, reader.read, size, series, side)
     else:
         raster = read_raster(path, size, side)
         array, affine = _grey(raster) if raster.components else raster.array, raster.affine
@@ -109,10 +110,10 @@ def load_segmentation(path: str, image: MetaTensor, numbers: Sequence[int] | Non
         numbers: the segments in the order of the channels; None for the file's own order.
 
     Raises:
-        InputError: see `scripts.data.dicom_segmentation.read_segments`.
+        InputError: see `scripts.data.dicom.segmentation.read_segments`.
     """
     like = tuple(image.shape[1:]), image.affine.double().numpy()
-    array, affine = read_segments(path, dicom.read_headers(path), like, numbers)
+    array, affine = read_segments(path, reader.read_headers(path), like, numbers)
     return MetaTensor(torch.from_numpy(array), affine=torch.from_numpy(affine).double())
 
 

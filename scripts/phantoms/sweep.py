@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripts.data import checks, dicom, itk_images
+from scripts.data import checks, itk_images
 from scripts.data.checks import InputError
 from scripts.data.colour import grey
+from scripts.data.dicom import reader
 from scripts.data.files import readable
 from scripts.data.kept import refuse_overlap
 from scripts.network import fields
@@ -245,8 +246,8 @@ def read_frames(
 
 def _read_image(path: Path) -> tuple[np.ndarray, tuple[float, float] | None]:
     """Grey levels, shape (..., row, column), and pixel spacing (row, column) in mm of DICOM or whatever ITK reads."""
-    if dicom.is_dicom(path):
-        array, size = dicom.read_frames(path)
+    if reader.is_dicom(path):
+        array, size = reader.read_frames(path)
         return array, None if size is None or (size == 1).all() else (float(size[1]), float(size[0]))
     try:
         array, (column, row, *_) = itk_images.read_frames(str(path))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from scripts.data import checks
 from scripts.data.checks import InputError
 from scripts.data.datalist import image_files
-from scripts.data.dicom import holds_slices
+from scripts.data.dicom.reader import holds_slices
 from scripts.data.files import readable, written_together
 from scripts.data.formats import Displacement, Step, forward, read_transform
 from scripts.data.kept import refuse_overlap

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from conftest import flags, run
 from synthetic import GRIDS, OBLIQUE, affine_of, save, write_dicom_pair, write_series
 
-from scripts.data.dicom_registration import save_warped_series
+from scripts.data.dicom.registration import save_warped_series
 from scripts.data.files import written_together
 from scripts.data.volumes import load_volume
 

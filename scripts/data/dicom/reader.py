@@ -13,7 +13,7 @@ import numpy as np
 
 from scripts.data import checks
 from scripts.data.checks import InputError
-from scripts.data.dicom_frames import (
+from scripts.data.dicom.frames import (
     Frame,
     as_text,
     by,
@@ -24,9 +24,9 @@ from scripts.data.dicom_frames import (
     pixel_size,
     pydicom,
 )
-from scripts.data.dicom_pixels import decode, first_line
-from scripts.data.dicom_segmentation import SEGMENTATIONS, read_segments
-from scripts.data.dicom_series import PLACES, called, numbers, one_volume, places_of
+from scripts.data.dicom.pixels import decode, first_line
+from scripts.data.dicom.segmentation import SEGMENTATIONS, read_segments
+from scripts.data.dicom.series import PLACES, called, numbers, one_volume, places_of
 from scripts.data.lps import FLIP
 
 SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -113,7 +113,7 @@ def read(
     Args:
         path: a file, or a folder with the files of a series.
         spacing: voxel size (x, y, z) in mm where the files do not state it.
-        chosen: which of several volumes, see `scripts.data.dicom_series.one_volume`.
+        chosen: which of several volumes, see `scripts.data.dicom.series.one_volume`.
         side: "moving" or "fixed", whose options a refusal names.
 
     Raises:

@@ -12,7 +12,7 @@ import numpy as np
 from scripts.data import checks
 from scripts.data.checks import InputError
 from scripts.data.colour import grey
-from scripts.data.dicom_frames import Frame, frame_count, pydicom
+from scripts.data.dicom.frames import Frame, frame_count, pydicom
 
 
 def decode(path: str | Path, frames: Sequence[Frame]) -> list[np.ndarray]:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from scripts.data.checks import InputError
-from scripts.data.dicom import is_dicom, read_headers
-from scripts.data.dicom_frames import pydicom
+from scripts.data.dicom.frames import pydicom
+from scripts.data.dicom.reader import is_dicom, read_headers
 from scripts.data.lps import itk_grid
 
 DEFORMABLE_SPATIAL_REGISTRATION = "1.2.840.10008.5.1.4.1.1.66.3"

@@ -11,8 +11,8 @@ import numpy as np
 
 from scripts.data import checks
 from scripts.data.checks import InputError
-from scripts.data.dicom_frames import REPEAT_TAGS, VOLUME_TAGS, Frame, by, frame_count, pixel_size
-from scripts.data.dicom_pixels import equal
+from scripts.data.dicom.frames import REPEAT_TAGS, VOLUME_TAGS, Frame, by, frame_count, pixel_size
+from scripts.data.dicom.pixels import equal
 
 SAME_PLACE = 0.01  # mm
 TURNED = 1e-3  # difference of direction cosines beyond which two images are not parallel

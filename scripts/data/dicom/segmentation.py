@@ -10,8 +10,8 @@ import numpy as np
 
 from scripts.data import checks
 from scripts.data.checks import InputError
-from scripts.data.dicom_frames import Frame, frames_of, pixel_size
-from scripts.data.dicom_pixels import stored
+from scripts.data.dicom.frames import Frame, frames_of, pixel_size
+from scripts.data.dicom.pixels import stored
 from scripts.data.lps import FLIP
 
 SEGMENTATION, LABEL_MAP = SEGMENTATIONS = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
@@ -29,7 +29,7 @@ def read_segments(
     Frames without a labelled voxel are usually left out of such a file, so it does not tell the image's grid.
 
     Args:
-        headers: of one file, see `scripts.data.dicom.read_headers`.
+        headers: of one file, see `scripts.data.dicom.reader.read_headers`.
         like: size and voxel -> RAS mm of the image's grid; None for the smallest that holds the frames.
         numbers: the segments in the order of the channels; None for the file's own.
 
