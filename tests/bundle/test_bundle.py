@@ -57,7 +57,7 @@ def test_training_leaves_weights_checkpoints_metrics_and_tensorboard_events(trai
 
 def test_the_learned_start_trains_from_the_command_line_and_registers_alone(cohort, tmp_path):
     settings = {"dataset_dir": cohort, "output_dir": tmp_path, "ckpt_dir": tmp_path, "phantom_pool": 2} | QUICK
-    settings |= {"phantom_share": 0.5, "iterations": 25, "epoch_length": 25}
+    settings |= {"phantom_share": 0.5, "initial_weights": ROOT / "models" / "start_phantoms.pt"}
     files = str([str(CONFIGS / "train.json"), str(CONFIGS / "segmentation.yaml")])
     result = run("monai.bundle", "run", "--config_file", files, *flags(settings), cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]

@@ -30,7 +30,7 @@ def test_weights_are_small_plain_tensors_of_their_known_hash(name):
 
 
 def test_the_defaults_register_new_phantoms_better_than_their_centres(tmp_path):
-    cohort = write_cohort(tmp_path / "cohort", patients=3, seed=2027, split=(0, 0, 1))
+    cohort = write_cohort(tmp_path / "cohort", patients=2, seed=2027, split=(0, 0, 1))
     medians = {}
     for name, overlay, more in (
         ("shipped", [], {}),

@@ -263,7 +263,7 @@ def test_nothing_is_seen_outside_the_sector(mode):
 
 def test_a_calcification_casts_a_shadow():
     darker = []
-    for k in range(40):
+    for k in range(26):
         pair = simulate_pair(np.random.default_rng(k))
         for name in {"calcification", "calcification_2"} & set(pair.label_names):
             points = nib.affines.apply_affine(pair.fixed_affine, np.moveaxis(np.indices(pair.fixed_image.shape), 0, -1))
@@ -277,7 +277,7 @@ def test_a_calcification_casts_a_shadow():
             image = pair.fixed_image.numpy()
             if shadow.any() and near.any():
                 darker.append(image[near].mean() - image[shadow].mean())
-    assert len(darker) > 10 and np.mean(np.array(darker) > 0) > 0.7 and np.mean(darker) > 5
+    assert len(darker) > 6 and np.mean(np.array(darker) > 0) > 0.7 and np.mean(darker) > 5
 
 
 def contrast(image, label):
@@ -288,10 +288,10 @@ def contrast(image, label):
 
 
 def test_randomised_glands_are_brighter_or_darker_than_what_surrounds_them():
-    pairs = [simulate_pair(np.random.default_rng([5, k]), moving_spacing=2, mode="randomised") for k in range(30)]
+    pairs = [simulate_pair(np.random.default_rng([5, k]), moving_spacing=2, mode="randomised") for k in range(18)]
     for side in ("moving", "fixed"):
         found = np.array([contrast(getattr(p, f"{side}_image"), getattr(p, f"{side}_label")) for p in pairs])
-        assert (found > 3).sum() >= 4 and (found < -3).sum() >= 4
+        assert (found > 3).sum() >= 3 and (found < -3).sum() >= 3
 
 
 def test_an_unknown_mode_is_refused():
@@ -301,7 +301,7 @@ def test_an_unknown_mode_is_refused():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_any_grid_that_holds_some_of_the_gland_gives_finite_images_and_no_empty_label(mode):
-    for k in range(15):
+    for k in range(8):
         rng = np.random.default_rng([6, k])
         pair = simulate_pair(rng, rng.integers(16, 40, 3), rng.uniform(1, 3, 3), (20, 24, 28), rng.uniform(1, 4), mode)
         for side in ("moving", "fixed"):

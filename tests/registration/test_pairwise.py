@@ -67,7 +67,10 @@ def hurried(folder, name, iterations):
     return path
 
 
-@pytest.mark.parametrize("name", NAMES)
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:]]
+
+
+@pytest.mark.parametrize("name", [NAMES[0], *OTHERS])
 def test_elastix_undoes_a_known_deformation_in_voxels_of_the_grid(name, tmp_path):
     size = (30, 34, 26)
     grid = np.stack(np.meshgrid(*map(np.arange, size), indexing="ij")).astype(float)

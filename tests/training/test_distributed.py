@@ -21,7 +21,7 @@ def test_two_processes_train_as_one_does_and_resume(interrupted, cohort, tmp_pat
     """Losses agree to 1e-5, weights after four steps to a fifth of a step of Adam: it makes a step of the learning rate
     of any gradient, also of those that are all rounding."""
     one, two = tmp_path / "one", tmp_path / "two"
-    settings = SETTINGS | {"dataset_dir": str(cohort), "iterations": 4}
+    settings = SETTINGS | {"dataset_dir": str(cohort), "iterations": 4, "val_interval": 2}
     alone = ConfigWorkflow(CONFIGS[0], logging_file=False, output_dir=str(one), **settings)
     alone.initialize()
     alone.run()

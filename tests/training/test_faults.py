@@ -313,10 +313,11 @@ def bundle(overlay, cohort, folder, **settings):
     return workflow
 
 
+SEGMENTATION = pytest.param(("segmentation.yaml",), id="segmentation", marks=pytest.mark.slow)
 OVERLAYS = pytest.mark.parametrize("overlay", [(), ("segmentation.yaml",)], ids=["train", "segmentation"])
 
 
-@OVERLAYS
+@pytest.mark.parametrize("overlay", [pytest.param((), id="train"), SEGMENTATION])
 def test_the_bundle_s_training_goes_on_in_the_middle_of_an_epoch_bit_for_bit(overlay, cohort, tmp_path):
     more = {"iterations": 4, "val_interval": 9, "learning_rate_decay": True, "learning_rate": 1e-3}
     more |= {"phantom_share": 0.5, "phantom_pool": 2}
