@@ -28,7 +28,7 @@ class Progress:
     def __init__(self, pairs: int) -> None:
         self.bar = tqdm(total=pairs * len(STEPS), delay=PATIENCE, leave=False, bar_format="{desc} |{bar}| {elapsed}")
         # tqdm draws when something is done, this bar when something takes long
-        self.timer = threading.Timer(PATIENCE, self.bar.refresh)
+        self.timer = threading.Timer(PATIENCE, self._appear)
         self.timer.daemon = True
         self.timer.start()
         self.done = 0  # pairs
@@ -51,8 +51,13 @@ class Progress:
     def _next(self) -> None:
         self.done += 1
 
+    def _appear(self) -> None:
+        self.bar.last_print_t = self.bar._time()  # else tqdm takes it for never shown, and leaves it on the screen
+        self.bar.refresh()
+
     def close(self, *raised: Any) -> None:
         self.timer.cancel()
+        self.timer.join()  # where it draws just now
         self.bar.close()
         if raised and isinstance(raised[-1], BaseException):
             raise raised[-1]
