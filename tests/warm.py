@@ -50,6 +50,7 @@ def _command(arguments: tuple[str, ...], cwd: str, folder: str, environment: dic
     here = Path(__file__).resolve().parent
     sys.path[:] = [cwd] + [p for p in sys.path if p and Path(p).resolve() not in (here, here.parent)]
     sys.argv = [arguments[0], *arguments[1:]]
+    multiprocessing.set_start_method("fork", force=True)  # else it would start a server of its own, as this one was
     gc.freeze()  # what it was forked with is no garbage of the command
     code = 0
     try:

@@ -173,7 +173,7 @@ def test_downloaded_by_monai_it_registers_as_this_bundle_does(archive, cohort, t
             "run",
             "--config_file",
             config,
-            *flags({"dataset_dir": cohort, "output_dir": out}),
+            *flags({"dataset_dir": cohort, "output_dir": out, "refine_steps": 2}),
             cwd=tmp_path,
         )
         assert result.returncode == 0, result.stderr[-3000:]
