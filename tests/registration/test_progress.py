@@ -1,10 +1,12 @@
 """What a registration is doing: shown when it takes long, and gone from the line when it ends, also by a refusal."""
 
 import time
+from weakref import WeakSet
 
 import pytest
 from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
+from tqdm import tqdm
 
 from scripts.data.checks import InputError
 from scripts.registration import progress
@@ -21,6 +23,7 @@ def shown(text):
 def run(at, monkeypatch):
     """A run of one step that takes half a second and then is refused; the bar appears after `at` seconds."""
     monkeypatch.setattr(progress, "PATIENCE", at)
+    monkeypatch.setattr(tqdm, "_instances", WeakSet())  # bars that other tests left are above it
 
     def step(engine, batch):
         time.sleep(0.5)

@@ -16,7 +16,8 @@ RATE = 1e-3
 SETTINGS = QUICK | {"learning_rate": RATE}
 
 
-@pytest.mark.parametrize("interrupted", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow  # two interpreters that import PyTorch anew
+@pytest.mark.parametrize("interrupted", [False, True])
 def test_two_processes_train_as_one_does_and_resume(interrupted, cohort, tmp_path):
     """Losses agree to 1e-5, weights after four steps to a fifth of a step of Adam: it makes a step of the learning rate
     of any gradient, also of those that are all rounding."""
