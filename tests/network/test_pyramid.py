@@ -30,6 +30,7 @@ def test_the_field_starts_at_zero_and_every_weight_but_those_it_hides_learns(cha
     assert all(p.grad.abs().sum() > 0 for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_it_learns_the_translations_of_a_few_pairs_of_opposite_contrast():
     torch.manual_seed(0)
     network = WarpingPyramid(4, 2, levels=3)
