@@ -211,9 +211,7 @@ class Anatomy:
         vx, vy, vz, tilt = self.vesicle
         u = side - 0.85 * vx
         front, thick = self.rectus
-        before, inside = self.stroma
         ahead = torch.sigmoid((y - 0.3 * b) / 2) * torch.exp(-((x / (0.8 * a)) ** 2))  # of the gland
-        skin = gland + before * ahead  # of the stroma
         depths = {
             "bowel": z - self.bowel,
             "rectus": torch.minimum(torch.minimum(y - front, front + thick - y), z + 0.5 * c),
@@ -227,23 +225,24 @@ class Anatomy:
             "vesicle": ellipsoid((u, y + 0.8 * b, z - 0.85 * c - tilt * u), (vx, vy, vz)),
             "rectum": rectum,
             "lumen": rectum - self.wall,
-            "gland": gland,
-            "transition_zone": zone,
-            "stroma": torch.minimum(skin, (before + inside) * ahead - skin),
         }
-        if self.nodules:
-            balls = [ball(x, y, z, centre, radius) for centre, radius in self.nodules.items()]
-            depths["nodule"] = torch.minimum(torch.stack(balls).amax(0), zone)
-        return depths | self._landmarks(gland, x, y, z)
+        return depths | self._parts(gland, zone, ahead, x, y, z)
 
     def urethral_axis(self, z: Tensor) -> Tensor:
         """y of the urethra's axis, mm."""
         return self.bend * (1 - (z / self.axes[2]) ** 2)
 
-    def _landmarks(self, gland: Tensor, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """Urethra and landmarks, within the gland."""
+    def _parts(self, gland: Tensor, zone: Tensor, ahead: Tensor, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """The gland and what is in it or, as the stroma, before it; `ahead` says how much a point lies before it."""
+        before, inside = self.stroma
+        skin = gland + before * ahead  # of the stroma
+        depths = {"gland": gland, "transition_zone": zone}
+        depths["stroma"] = torch.minimum(skin, (before + inside) * ahead - skin)
+        if self.nodules:
+            balls = [ball(x, y, z, centre, radius) for centre, radius in self.nodules.items()]
+            depths["nodule"] = torch.minimum(torch.stack(balls).amax(0), zone)
         curve = self.urethral_axis(z)
-        depths = {"urethra": torch.minimum(self.urethra - (x**2 + (y - curve) ** 2).sqrt(), gland)}
+        depths["urethra"] = torch.minimum(self.urethra - (x**2 + (y - curve) ** 2).sqrt(), gland)
         for name, centre in self.centres.items():
             depths[name] = torch.minimum(ball(x, y, z, centre, self.radii[name]), gland)
         return depths

@@ -264,10 +264,7 @@ def scan_trus(
         level -= loss * from_surface + 2 * loss * (from_surface - 45).clamp_min(0)
         level += streaks * _fan(noise, angle)
         for centre, radius, lost in focal:
-            c_across, c_ahead, c_distance = (v.item() for v in probe.beam(*torch.tensor(centre)[:, None]))
-            beside = (across * c_ahead - ahead * c_across) / distance.clamp_min(1)
-            covered = radius - (beside**2 + (points[2] - centre[2]) ** 2).sqrt()
-            behind = ((distance - c_distance - 0.6 * radius) / 2).clamp(0, 1)
+            covered, behind, c_ahead = probe.shadow(across, ahead, distance, points[2], centre, radius)
             level -= lost * (covered / 2 + 0.5).clamp(0, 1) * behind * (ahead * c_ahead > 0)
         level += grain * _speckle(noise, distance, angle)
         inside = (probe.margin(across, ahead, distance) / spacing[0] + 0.5).clamp(0, 1)

@@ -121,10 +121,8 @@ def render_trus(
     level -= (1.6 * tilt - 0.4) * (points[2] - probe.position[2])  # less contact towards the base
     level -= 1.3 * loss * from_surface * (1 + 0.5 * sides * (across / distance.clamp_min(1)) ** 2)
     for centre, radius, lost in focal:
-        c_across, c_ahead, c_distance = (v.item() for v in probe.beam(*torch.tensor(centre)[:, None]))
-        beside = (across * c_ahead - ahead * c_across) / distance.clamp_min(1)  # from the beam to the centre
-        covered = radius - (beside**2 + (points[2] - centre[2]) ** 2).sqrt()
-        level -= lost * (covered + 0.5).clamp(0, 1) * ((distance - c_distance - 0.6 * radius) / 2).clamp(0, 1)
+        covered, behind, _ = probe.shadow(across, ahead, distance, points[2], centre, radius)
+        level -= lost * (covered + 0.5).clamp(0, 1) * behind
     level *= torch.exp(look.bias * smooth_noise(noise, shape, spacing, 40))
     image = add_noise(noise, look, level).clamp_(0, 255)
     image *= (probe.margin(across, ahead, distance) / max(spacing)).clamp(0, 1)

@@ -314,19 +314,8 @@ class ClinicalAnatomy(Anatomy):
                 tube = self.shaft - ((x - self.rectum[0]) ** 2 + (y - axis) ** 2).sqrt()
                 depths["shaft"] = torch.minimum(tube, torch.minimum(high - z, rectum))
                 depths["bore"] = depths["shaft"] - 1.6
-        before, inside = self.stroma
         ahead = torch.sigmoid((y - 0.3 * b) / 2) * torch.exp(-((x / (0.7 * a)) ** 2))
-        skin = gland + before * ahead
-        depths |= {
-            "gland": gland,
-            "transition_zone": zone,
-            "stroma": torch.minimum(skin, (before + inside) * ahead - skin),
-        }
-        if self.nodules:
-            balls = [ball(x, y, z, centre, radius) for centre, radius in self.nodules.items()]
-            depths["nodule"] = torch.minimum(torch.stack(balls).amax(0), zone)
-        depths |= self._landmarks(gland, x, y, z)
-        return depths
+        return depths | self._parts(gland, zone, ahead, x, y, z)
 
 
 def _box(lines: Sequence[Tensor], first: Sequence[float], second: Sequence[float], far: float) -> tuple[slice, ...]:

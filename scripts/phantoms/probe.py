@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,20 @@ class Probe(NamedTuple):
         z = z - self.position[2]
         across, ahead = x - self.position[0] - self.slopes[0] * z, y - self.position[1] - self.slopes[1] * z
         return across, ahead, (across**2 + ahead**2).sqrt()
+
+    def shadow(
+        self, across: Tensor, ahead: Tensor, distance: Tensor, z: Tensor, centre: Sequence[float], radius: float
+    ) -> tuple[Tensor, Tensor, float]:
+        """How deep beams pass within a ball, mm; 0 before it to 1 behind it; and how far ahead of the axis it lies, mm.
+
+        Args:
+            across, ahead, distance: of the points, see `beam`; z: theirs in the fixed world.
+            centre: of the ball, in the fixed world.
+        """
+        c_across, c_ahead, c_distance = (v.item() for v in self.beam(*torch.tensor(centre)[:, None]))
+        beside = (across * c_ahead - ahead * c_across) / distance.clamp_min(1)  # from the beam to the centre
+        covered = radius - (beside**2 + (z - centre[2]) ** 2).sqrt()
+        return covered, ((distance - c_distance - 0.6 * radius) / 2).clamp(0, 1), c_ahead
 
     def margin(self, across: Tensor, ahead: Tensor, distance: Tensor) -> Tensor:
         """Distance inside the border of the sector, mm, negative outside."""
