@@ -211,7 +211,7 @@ class Anatomy:
         vx, vy, vz, tilt = self.vesicle
         u = side - 0.85 * vx
         front, thick = self.rectus
-        ahead = torch.sigmoid((y - 0.3 * b) / 2) * torch.exp(-((x / (0.8 * a)) ** 2))  # of the gland
+        ahead = self.ahead(x, y, 0.8)
         depths = {
             "bowel": z - self.bowel,
             "rectus": torch.minimum(torch.minimum(y - front, front + thick - y), z + 0.5 * c),
@@ -231,6 +231,11 @@ class Anatomy:
     def urethral_axis(self, z: Tensor) -> Tensor:
         """y of the urethra's axis, mm."""
         return self.bend * (1 - (z / self.axes[2]) ** 2)
+
+    def ahead(self, x: Tensor, y: Tensor, width: float) -> Tensor:
+        """How much a point lies before the gland, 0 to 1; `width` in half-axes of the gland."""
+        a, b, _ = self.axes
+        return torch.sigmoid((y - 0.3 * b) / 2) * torch.exp(-((x / (width * a)) ** 2))
 
     def _parts(self, gland: Tensor, zone: Tensor, ahead: Tensor, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
         """The gland and what is in it or, as the stroma, before it; `ahead` says how much a point lies before it."""

@@ -267,7 +267,7 @@ class ClinicalAnatomy(Anatomy):
         grape = self.convolution
         swirl = 2.2 * torch.sin(x / 5.3 + z / 4) + 1.5 * torch.sin(y / 4.1 - x / 7)
         lumen = torch.sin(x / grape + swirl) * torch.sin(y / grape + z / 3 - swirl) + 0.3
-        ahead = torch.sigmoid((y - 0.3 * b) / 2) * torch.exp(-((x / (0.9 * a)) ** 2))
+        ahead = self.ahead(x, y, 0.9)
         plexus = gland + self.plexus[0] + self.plexus[1] * ahead
         tail = axis - round_ - 16
         return {
@@ -314,7 +314,7 @@ class ClinicalAnatomy(Anatomy):
                 tube = self.shaft - ((x - self.rectum[0]) ** 2 + (y - axis) ** 2).sqrt()
                 depths["shaft"] = torch.minimum(tube, torch.minimum(high - z, rectum))
                 depths["bore"] = depths["shaft"] - 1.6
-        ahead = torch.sigmoid((y - 0.3 * b) / 2) * torch.exp(-((x / (0.7 * a)) ** 2))
+        ahead = self.ahead(x, y, 0.7)
         return depths | self._parts(gland, zone, ahead, x, y, z)
 
 
