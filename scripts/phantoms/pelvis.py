@@ -245,7 +245,7 @@ class ClinicalAnatomy(Anatomy):
 
     def _midline(self, gland: Tensor, level: Tensor, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
         """What lies between the pelvic walls, but for the rectum and the gland; `level` is z before it was bent."""
-        a, b, c = self.axes
+        _, b, c = self.axes
         side = x.abs()
         wall = self._wall(side, y, z)
         apex = -c * self.apex[0] * self.ends[1]
@@ -296,7 +296,6 @@ class ClinicalAnatomy(Anatomy):
 
     def _within(self, gland: Tensor, zone: Tensor, x: Tensor, y: Tensor, z: Tensor) -> dict[str, Tensor]:
         """Rectum, what fills it, and the gland."""
-        a, b, c = self.axes
         rectum = self._rectum(x, y, z)
         round_, _, axis = self._profile(z)
         low, high, beyond = self.full
