@@ -1,9 +1,10 @@
-"""Pairs on disk -> datalist, and patient-level folds.
+"""Pairs or single images on disk -> datalist, and patient-level folds.
 
-A data set is a folder with four sub-folders of equal file names, split into train/val/test sub-folders or not, or a
-MONAI datalist JSON. Each item of the datalist is a dictionary of paths: `case`, `patient`, `moving_image`,
+A data set of pairs is a folder with four sub-folders of equal file names, split into train/val/test sub-folders or not,
+or a MONAI datalist JSON. Each item of the datalist is a dictionary of paths: `case`, `patient`, `moving_image`,
 `fixed_image`, where there are labels `moving_label`, `fixed_label`, and for phantoms `true_ddf`; of a JSON also what
-`OPTIONS` names.
+`OPTIONS` names. A data set of single images has the sub-folders `images` and `labels`, or these keys in a JSON: `image`
+and `label`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from scripts.data.checks import InputError, check_case_name
-from scripts.data.files import readable
+from scripts.data.files import listed, readable
 from scripts.data.kept import refuse_overlap
 
 FOLDERS = (  # (moving_image, fixed_image, moving_label, fixed_label)
@@ -26,6 +28,8 @@ FOLDERS = (  # (moving_image, fixed_image, moving_label, fixed_label)
 )
 KEYS = ("moving_image", "fixed_image", "moving_label", "fixed_label")
 IMAGES, LABELS = KEYS[:2], KEYS[2:]
+SINGLE = ("image", "label")  # keys of a single image
+SINGLE_FOLDERS = ("images", "labels")
 TRUTH = "true_ddf"  # folder and key of the true displacement, which phantoms have
 OPTIONS = ("moving_spacing", "fixed_spacing", "moving_series", "fixed_series")  # see `scripts.data.pairs.LoadPaird`
 SUFFIXES = (".nii.gz", ".nii", ".hdr", ".mha", ".mhd", ".seg.nrrd", ".nrrd", ".nhdr", ".dcm", ".dicom", ".ima")
@@ -35,6 +39,27 @@ RESULTS = (  # what a registration leaves in its folder, or removes there becaus
     *("ddf.h5", "niftyreg.nii.gz", "transformix.txt", "registration.dcm", "warped_moving_image"),
 )
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
+
+
+class Layout(NamedTuple):
+    """What the items of a data set hold, and the names of the folders of each key, in one or several namings."""
+
+    keys: tuple[str, ...]
+    folders: tuple[tuple[str, ...], ...]
+    options: tuple[str, ...]
+    item: str
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        return tuple(key for key in self.keys if key.endswith("image"))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(key for key in self.keys if key.endswith("label"))
+
+
+PAIRS = Layout(KEYS, FOLDERS, OPTIONS, "pair")
+SINGLES = Layout(SINGLE, (SINGLE_FOLDERS,), ("spacing", "series", "axes"), "image")
 
 
 def case_name(path: str | Path) -> str:
@@ -59,67 +84,85 @@ def image_files(folder: Path) -> dict[str, Path]:
     return {case: Path(readable(path)) for case, path in found.items()}
 
 
-def _pairs_in_folder(folder: Path, labels: bool) -> list[dict[str, str]]:
-    """The pairs of one four-folder layout; label folders and labels may be missing where they are not needed."""
-    found = [names for names in FOLDERS if (folder / names[0]).is_dir() or (folder / names[1]).is_dir()]
+def _items_in_folder(folder: Path, labels: bool, layout: Layout) -> list[dict[str, str]]:
+    """The items of one folder; label folders and labels may be missing where they are not needed."""
+    found = [names for names in layout.folders if any((folder / n).is_dir() for n in names[: len(layout.images)])]
     if len(found) != 1:
-        raise InputError(
-            f"{folder}: expected the sub-folders {', '.join(FOLDERS[0])}, or {', '.join(FOLDERS[1])}"
-            + ("; found both" if found else "")
-        )
-    wanted = dict(zip(KEYS, found[0], strict=True))
-    wanted = {key: name for key, name in wanted.items() if labels or key in IMAGES or (folder / name).is_dir()}
-    wanted |= {TRUTH: TRUTH} if (folder / TRUTH).is_dir() else {}
+        expected = ", or ".join(", ".join(names) for names in layout.folders)
+        raise InputError(f"{folder}: expected the sub-folders {expected}" + ("; found both" if found else ""))
+    wanted = dict(zip(layout.keys, found[0], strict=True))
+    wanted = {key: name for key, name in wanted.items() if labels or key in layout.images or (folder / name).is_dir()}
+    wanted |= {TRUTH: TRUTH} if layout is PAIRS and (folder / TRUTH).is_dir() else {}
     files = {key: image_files(folder / name) for key, name in wanted.items()}
+    first = layout.keys[0]
     for key, name in wanted.items():
-        missing = sorted(set(files["moving_image"]) ^ set(files[key]))
-        if key in LABELS and not labels:
+        missing = sorted(set(files[first]) ^ set(files[key]))
+        if key in layout.labels and not labels:
             missing = [case for case in missing if case in files[key]]  # a label of no image
         if missing:
             raise InputError(
                 f"{folder / name}: unpaired case {missing[0]}: it must have the same name in"
-                + f" {wanted[KEYS[0]]} and {name}"
+                + f" {wanted[first]} and {name}"
                 + (f" ({len(missing)} such cases)" if len(missing) > 1 else "")
             )
-    if not files["moving_image"]:
+    if not files[first]:
         raise InputError(
-            f"{folder / wanted[KEYS[0]]}: no images; expected files ending in {', '.join(SUFFIXES)}, or folders"
+            f"{folder / wanted[first]}: no images; expected files ending in {', '.join(SUFFIXES)}, or folders"
         )
-    cases = files["moving_image"]
+    cases = files[first]
     return [{"case": case} | {k: str(there[case]) for k, there in files.items() if case in there} for case in cases]
 
 
-def _pairs_in_json(path: Path, labels: bool) -> dict[str, list[dict[str, str]]]:
-    """Split -> pairs of a MONAI datalist JSON; relative paths are relative to the file."""
+def _json(path: Path) -> dict:
+    """What a datalist JSON holds."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a readable JSON file: {error}") from error
-    splits = {}
+    return content if isinstance(content, dict) else {}
+
+
+def _items_in_json(path: Path, labels: bool, layout: Layout) -> dict[str, list[dict[str, str]]]:
+    """Split -> items of a MONAI datalist JSON; relative paths are relative to the file."""
+    content, splits = _json(path), {}
     for split, names in SPLITS.items():
-        items = next((content[n] for n in names if n in content), None) if isinstance(content, dict) else None
+        items = next((content[n] for n in names if n in content), None)
         if items is not None and not isinstance(items, list):
-            raise InputError(f"{path}: {split} is not a list of pairs")
+            raise InputError(f"{path}: {split} is not a list of {layout.item}s")
         for i, item in enumerate(items or []):
             known = item if isinstance(item, dict) else {}
-            missing = [k for k in (KEYS if labels else KEYS[:2]) if not isinstance(known.get(k), str)]
+            missing = [k for k in (layout.keys if labels else layout.images) if not isinstance(known.get(k), str)]
             if missing:
-                raise InputError(f"{path}: {split} item {i} lacks {missing[0]}; a pair needs {', '.join(KEYS)}")
-            pair = {k: str(path.parent / item[k]) for k in (*KEYS, TRUTH) if isinstance(item.get(k), str)}
+                needs = f"{layout.item} needs {', '.join(layout.keys)}"
+                raise InputError(
+                    f"{path}: {split} item {i} lacks {missing[0]}; {'an' * (needs[0] == 'i') or 'a'} {needs}"
+                )
+            pair = {k: str(path.parent / item[k]) for k in (*layout.keys, TRUTH) if isinstance(item.get(k), str)}
             absent = next((p for p in pair.values() if not Path(p).exists()), None)
             if absent:
                 raise InputError(f"{absent}: named in {path} but not found")
-            case = str(item.get("case", case_name(pair["fixed_image"])))
+            case = str(item.get("case", case_name(pair[layout.images[-1]])))
             pair = {k: readable(p) for k, p in pair.items()} | {"case": case}
-            pair |= {k: item[k] for k in OPTIONS if k in item}
+            pair |= {k: item[k] for k in layout.options if k in item}
             if "patient" in item:
                 pair["patient"] = str(item["patient"])
             if pair["case"] in (p["case"] for p in splits.get(split, [])):
-                raise InputError(f'{path}: more than one pair is called case {pair["case"]}; name each by its "case"')
+                raise InputError(
+                    f'{path}: more than one {layout.item} is called case {pair["case"]}; name each by its "case"'
+                )
             splits.setdefault(split, []).append(pair)
     if not splits:
-        raise InputError(f'{path}: no pairs; expected lists named "training", "validation" or "test"')
+        raise InputError(f'{path}: no {layout.item}s; expected lists named "training", "validation" or "test"')
     return splits
+
+
+def layout_of(root: Path) -> Layout:
+    """Whether a data set holds pairs or single images."""
+    if root.is_file():
+        items = [item for names in SPLITS.values() for name in names for item in _json(root).get(name) or []]
+        return SINGLES if any(isinstance(item, dict) and "image" in item for item in items) else PAIRS
+    places = [root, *(root / split for split in SPLITS)]
+    return SINGLES if any((place / SINGLE_FOLDERS[0]).is_dir() for place in places) else PAIRS
 
 
 def folds(patients: list[str], count: int, seed: int = 0) -> list[list[str]]:
@@ -147,6 +190,7 @@ def datalist(
     fold_count: int = 0,
     fold_seed: int = 0,
     patient_pattern: str | None = None,
+    layout: Layout = PAIRS,
 ) -> list[dict[str, str]]:
     """The pairs of one split.
 
@@ -160,6 +204,7 @@ def datalist(
         fold, fold_count, fold_seed: patient-level cross-validation over a data set that is not split.
         patient_pattern: regular expression whose first group, in the case name, is the patient; else each case is its
             own patient.
+        layout: `SINGLES` for a data set of single images.
 
     Raises:
         InputError: a missing folder, unpaired names, a repeated case, no pairs, a patient in two splits, a bad fold.
@@ -172,11 +217,11 @@ def datalist(
         raise InputError(f"{root}: folder not found; pass --dataset_dir DIR")
     present = [name for name in SPLITS if (root / name).is_dir()]
     if root.is_file():
-        splits = _pairs_in_json(root, labels)
+        splits = _items_in_json(root, labels, layout)
     elif present:
-        splits = {name: _pairs_in_folder(root / name, labels) for name in present}
+        splits = {name: _items_in_folder(root / name, labels, layout) for name in present}
     else:
-        splits = {"train": _pairs_in_folder(root, labels)}
+        splits = {"train": _items_in_folder(root, labels, layout)}
     for pairs in splits.values():
         for pair in pairs:
             check_case_name(pair["case"])
@@ -198,6 +243,47 @@ def datalist(
     else:
         _refuse_shared_patients(root, splits)
     return splits.get(split, [])
+
+
+def single_images(
+    dataset_dir: str | Sequence[str] | None,
+    split: str,
+    axes: str | Sequence[str | None] | None = None,
+    **options,
+) -> list[dict[str, str]]:
+    """The single images of one split of one or several data sets; a pair of a data set of pairs is two of them.
+
+    Each has `case`, `patient`, `image`, where there is one `label`, and `group`: its data set, and its side of a pair.
+
+    Args:
+        dataset_dir: one or several, each as of `datalist`, of pairs or of single images; None for none.
+        split, options: of `datalist`.
+        axes: directions of the voxel axes, see `scripts.data.axes`, of all data sets, or of each; None for those of
+            the headers. What a datalist JSON says of an image goes before.
+
+    Raises:
+        InputError: as of `datalist`; another number of axes than of data sets.
+
+    Example:
+        ``single_images(["promise12", "pairs"], "train", axes=[None, "PRS"], fold=0, fold_count=5)``
+    """
+    found, roots = [], [] if dataset_dir is None else listed(dataset_dir)
+    told = [axes] * len(roots) if axes is None or isinstance(axes, str) else list(axes)
+    if len(told) != len(roots):
+        raise InputError(
+            f"axes {axes}: {len(told)} for {len(roots)} data sets; give one for each, null for its header's"
+        )
+    for root, letters in zip(roots, told, strict=True):
+        layout = layout_of(Path(root))
+        known = {} if letters is None else {"axes": letters}
+        for item in datalist(root, split, layout=layout, **options):
+            if layout is SINGLES:
+                found.append(known | item | {"group": str(root)})
+                continue
+            for side in ("moving", "fixed"):
+                own = {k.removeprefix(f"{side}_"): v for k, v in item.items() if k.startswith(f"{side}_")}
+                found.append(known | own | {k: item[k] for k in ("case", "patient")} | {"group": f"{root} {side}"})
+    return found
 
 
 def check_output(
@@ -228,8 +314,10 @@ def check_output(
         tempfile.TemporaryFile(dir=there).close()  # asking for permissions tells root and full disks nothing
     except OSError as error:
         raise InputError(f"{output_dir}: cannot be written, {there}: {error.strerror}") from error
-    reads = [Path(pair[key]) for pair in pairs for key in (*KEYS, TRUTH) if key in pair]
-    reads += [path.parent for path in reads if path.absolute().parent.name in (*sum(FOLDERS, ()), TRUTH)]
+    reads = [Path(pair[key]) for pair in pairs for key in (*KEYS, TRUTH, *SINGLE) if key in pair]
+    reads += [
+        path.parent for path in reads if path.absolute().parent.name in (*sum(FOLDERS, ()), TRUTH, *SINGLE_FOLDERS)
+    ]
     given = [path for one in inputs if one for path in ([one] if isinstance(one, str | Path) else one)]
     reads += [Path(path) for path in given if Path(path).is_file()]
     places = [folder] * (not case_folders) + [folder / pair["case"] for pair in pairs if case_folders is not False]

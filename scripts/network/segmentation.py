@@ -1,21 +1,28 @@
-"""The network that finds the prostate gland in one image (not in the paper)."""
+"""The network that finds the prostate gland in one image, and its loss (not in the paper)."""
 
 from __future__ import annotations
 
+import torch
+from monai.losses import DiceCELoss
 from monai.networks.blocks import SubpixelDownsample, SubpixelUpsample
 from monai.networks.nets import DynUNet
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ORIENTATIONS = 8  # ways a volume can be stored that a network can tell, see `scripts.registration.orientation`
 
 
-def gland_network() -> nn.Sequential:
-    """Cubes (B, 1, SIDE, SIDE, SIDE) -> logits of the gland, same shape: a residual U-Net.
+class GlandNetwork(nn.Module):
+    """A residual U-Net that says where the gland is in a cube, and which way round the cube is.
 
     Its finest level has half the resolution, with each 2³ voxels as eight channels: twice the channels of a network at
-    full resolution at about half its cost.
+    full resolution at about half its cost. The cube's sides are multiples of 16.
     """
-    return nn.Sequential(
-        SubpixelDownsample(3, 1, 8, conv_block=None),
-        DynUNet(
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fold = SubpixelDownsample(3, 1, 8, conv_block=None)
+        self.unet = DynUNet(
             3,
             in_channels=8,
             out_channels=32,
@@ -25,6 +32,39 @@ def gland_network() -> nn.Sequential:
             filters=[32, 64, 128, 128],
             norm_name=("instance", {"affine": True}),
             res_block=True,
-        ),
-        SubpixelUpsample(3, 32, 1),
-    )
+        )
+        self.unfold = SubpixelUpsample(3, 32, 1)
+        self.orientation = nn.Linear(32, ORIENTATIONS)
+        self.to(memory_format=torch.channels_last_3d)  # a third of a CPU's time less
+
+    def forward(self, cubes: Tensor) -> Tensor:
+        """Cubes (B, 1, X, Y, Z) -> (B, 1 + ORIENTATIONS, X, Y, Z): logits of the gland, then of each orientation.
+
+        The latter are of the cube as a whole, the same at each voxel.
+        """
+        features = self.unet(self.fold(cubes).contiguous(memory_format=torch.channels_last_3d))
+        gland = self.unfold(features)
+        orientation = self.orientation(features.mean((2, 3, 4)))
+        return torch.cat([gland, orientation[..., None, None, None].expand(-1, -1, *cubes.shape[2:])], dim=1)
+
+
+class GlandLoss(nn.Module):
+    """Dice and cross-entropy of the gland, plus a share of the cross-entropy of the orientation.
+
+    Args:
+        share: of the latter.
+    """
+
+    def __init__(self, share: float = 0.1) -> None:
+        super().__init__()
+        self.share, self.overlap = share, DiceCELoss(sigmoid=True)
+
+    def forward(self, predicted: Tensor, target: dict[str, Tensor]) -> Tensor:
+        """Scalar.
+
+        Args:
+            predicted: of `GlandNetwork`.
+            target: `label` (B, 1, X, Y, Z), soft, and `orientation` (B,), the index of the true one.
+        """
+        gland = self.overlap(predicted[:, :1], target["label"])
+        return gland + self.share * F.cross_entropy(predicted[:, 1:, 0, 0, 0], target["orientation"])

@@ -15,7 +15,7 @@ from scripts.registration.pairwise import rigid_transform
 from scripts.registration.segmentation import moments
 
 STRETCH = 0.05  # standard deviation of the logarithm of the stretch along an axis, of the maximum a posteriori
-TOGETHER = 50  # neighbouring voxels that count as one observation there
+TOGETHER = 1 / 655  # of a gland's cube counts as one observation there: neighbouring voxels say the same
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:
@@ -49,7 +49,7 @@ def maximum_a_posteriori(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
     """Fixed world -> moving world, shape (4, 4), float64, under which two soft glands are most likely one and the same.
 
     Translation and stretch along the fixed map's axes minimise `likelihood.SameGlandLoss` over its grid, every
-    `TOGETHER` voxels counted as one, plus half the square of each axis' log stretch in units of `STRETCH`: the largest
+    `TOGETHER` of it counted as one, plus half the square of each axis' log stretch in units of `STRETCH`: the largest
     a posteriori probability with a Gaussian for the stretch. Along no axis does it leave the centroids by more than the
     gland's radius (of standard deviations), however little the maps say. It never turns or mirrors.
 
@@ -76,7 +76,7 @@ def maximum_a_posteriori(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
         def cost() -> Tensor:
             optimizer.zero_grad()
             seen = fields.resample(q, to_moving @ transform() @ to_world, p.shape[2:])
-            value = unlike(seen, p) + found[3:].square().sum() / 2 * TOGETHER / p.numel()
+            value = unlike(seen, p) + found[3:].square().sum() / 2 * TOGETHER
             value.backward()
             return value
 

@@ -1,8 +1,11 @@
 """The learned initial transform: a network finds the gland in each image, and the moments of the two glands align them.
 
-The network sees one image at a time, MR and TRUS alike, as a cube of `SIDE` voxels: first the whole volume, then once
-more the surroundings of what it found. It learns from the same weak labels as the registration; to align, it needs the
-two images alone. Positions are relative to the images, so a wrong voxel size in both headers does no harm.
+The network sees one image at a time, MR and TRUS alike, as a cube: first the whole volume, then the surroundings of
+what it found, then these finer. It learns from weak labels; to align, it needs the two images alone.
+Positions are relative to the images, so a wrong voxel size in both headers does no harm.
+
+Headers may lie about the axes. The network says which way round a cube is, and sees it upright; what is found lies on
+the cube as the header has it, nothing is turned.
 """
 
 from __future__ import annotations
@@ -23,23 +26,27 @@ from torch.nn import functional as F
 from scripts.data.checks import InputError
 from scripts.data.weights import load_weights
 from scripts.network import fields
+from scripts.network.segmentation import ORIENTATIONS
+from scripts.registration.orientation import codes, turned, upright, votes
 
-SIDE = 32  # voxels of the network's cube along each axis
+WHOLE = 32  # voxels along each axis of the cube of the first two passes
+SIDE = 48  # and of the last
 CLOSE = 1.5  # the second pass's cube, in lengths of the gland's longest diameter
 NOMINAL = 50.0  # mm, the longest diameter every gland is taken to have on a grid that is measured by the gland
 
 
-def cube_affine(centre: Tensor, axes: Tensor, length: float) -> Tensor:
+def cube_affine(centre: Tensor, axes: Tensor, length: float, side: int = SIDE) -> Tensor:
     """Voxel of a cube -> world, shape (4, 4), float64.
 
     Args:
         centre: of the cube, world mm, shape (3,).
         axes: unit vectors of its axes as columns, shape (3, 3).
         length: of its edges, outer face to outer face, mm.
+        side: voxels along each of them.
     """
     affine = torch.eye(4, dtype=torch.float64)
-    affine[:3, :3] = axes.double() * (length / SIDE)
-    affine[:3, 3] = centre.double() - affine[:3, :3] @ torch.full((3,), (SIDE - 1) / 2, dtype=torch.float64)
+    affine[:3, :3] = axes.double() * (length / side)
+    affine[:3, 3] = centre.double() - affine[:3, :3] @ torch.full((3,), (side - 1) / 2, dtype=torch.float64)
     return affine
 
 
@@ -66,15 +73,21 @@ def coarsened(volume: MetaTensor, affine: Tensor) -> MetaTensor:
     return MetaTensor(F.avg_pool3d(volume.as_tensor()[None].float(), blocks)[0], affine=own @ grow)
 
 
-def on_cube(volume: MetaTensor, affine: Tensor) -> Tensor:
-    """A volume (C, X, Y, Z) on a cube, zero outside: (1, C, SIDE, SIDE, SIDE), each voxel the mean of what it covers.
+def on_cube(volume: MetaTensor, affine: Tensor, side: int = SIDE, ddf: Tensor | None = None) -> Tensor:
+    """A volume (C, X, Y, Z) on a cube, zero outside: (1, C, side, side, side), each voxel the mean of what it covers.
 
     Args:
         affine: voxel of the cube -> world, see `cube_affine`.
+        side: voxels of the cube along each axis.
+        ddf: voxels of the cube, (1, 3, side, side, side), by which each looks elsewhere; None for nowhere.
     """
     coarse = coarsened(volume, affine)
     to_coarse = torch.linalg.inv(coarse.affine.double()) @ affine
-    return fields.resample(coarse.as_tensor()[None], to_coarse, [SIDE] * 3, padding_mode="outside")
+    if ddf is None:
+        return fields.resample(coarse.as_tensor()[None], to_coarse, [side] * 3, padding_mode="outside")
+    points = fields.identity_grid([side] * 3, ddf.dtype, ddf.device) + ddf
+    points = fields.transform_points(to_coarse.to(points), points)
+    return fields.sample(coarse.as_tensor()[None], points, padding_mode="outside")
 
 
 def standardised(cube: Tensor) -> Tensor:
@@ -115,42 +128,37 @@ def largest_component(probability: Tensor) -> Tensor:
     return probability * torch.from_numpy(~others).to(probability.device)
 
 
-def _seen(networks: Sequence[nn.Module], cubes: Tensor) -> Tensor:
-    """Probability of the gland in cubes (N, 1, SIDE, SIDE, SIDE), (N, networks, 1, SIDE, SIDE, SIDE)."""
-    return torch.stack([network(cubes).float().sigmoid() for network in networks], dim=1)
+def _seen(networks: Sequence[nn.Module], cubes: Tensor) -> tuple[Tensor, Tensor]:
+    """What networks see in cubes (N, 1, X, Y, Z): probability (N, networks, 1, X, Y, Z), orientation (N, networks, 8).
 
-
-def augmented_predictions(networks: Sequence[nn.Module], cube: Tensor) -> tuple[Tensor, int]:
-    """Probability of the gland in a cube (1, 1, SIDE, SIDE, SIDE) as each network sees it straight and in the mirror.
-
-    Shape (predictions, 1, SIDE, SIDE, SIDE), the mirrored ones turned back; and which dimension of the cube was
-    mirrored. Patients are nearly symmetric from left to right. Headers do not say for sure which axis that is, the
-    network does:
-    of the first two axes it is the one whose mirror image it sees as it sees the cube itself.
+    The latter are logits.
     """
-    straight, first, second = _seen(networks, torch.cat([cube, cube.flip(2), cube.flip(3)])).unbind()
-    mirrored = first.flip(2), second.flip(3)
-    mean = straight.mean(0)
-    overlap = [2 * (mean * one.mean(0)).sum() / (mean + one.mean(0)).sum() for one in mirrored]
-    chosen = int(overlap[1] > overlap[0])
-    return torch.cat([straight, mirrored[chosen]]), 2 + chosen
+    seen = torch.stack([network(cubes).float() for network in networks], dim=1)
+    return seen[:, :, :1].sigmoid(), seen[:, :, 1:, 0, 0, 0]
 
 
-def orientation_check(networks: Sequence[nn.Module], cube: Tensor, mirror: int, straight: Tensor) -> float:
-    """How much more gland there is to see in a cube (1, 1, SIDE, SIDE, SIDE) when it is turned over; above 0 it may be.
-
-    Turned over is upside down, back to front, or both. The largest of the three logarithms of the volumes seen so, Σ p²
-    over voxels, over those seen as it is, each the mean over the networks. A network that learned what the wrong way is
-    (`scripts.training.gland_cubes.GlandLoader`) sees no gland there; others have little to say.
+def look(networks: Sequence[nn.Module], cube: Tensor, way: int | None = None) -> tuple[Tensor, Tensor | None, int]:
+    """What networks see in a cube (1, 1, X, Y, Z) when they see it upright, straight and in the mirror.
 
     Args:
-        mirror: the dimension from left to right, see `augmented_predictions`.
-        straight: what each network sees in the cube as it is, (networks, 1, SIDE, SIDE, SIDE).
+        way: it is stored, see `scripts.registration.orientation`; None to ask the networks, who then see it made
+            upright from all eight.
+
+    Returns:
+        The probability of the gland on the cube as it is, (predictions, 1, X, Y, Z), those of the networks straight
+        first; the logarithm of the probability of each way, (8,), or None where they were not asked; the way.
     """
-    turned = torch.cat([cube.flip(over) for over in ((4,), (5 - mirror,), (4, 5 - mirror))])
-    seen = torch.cat([straight[None], _seen(networks, turned)])
-    volumes = seen.square().flatten(2).sum(2) + 1  # a voxel more, so that nothing is no ratio
-    return (volumes[1:] / volumes[0]).log().mean(1).max().item()
+    said = None
+    if way is None:
+        shown = torch.cat([upright(cube, turn) for turn in range(ORIENTATIONS)])
+        gland, logits = _seen(networks, shown)
+        said = votes(logits.cpu())
+        way = int(said.argmax())
+        straight = gland[way]
+    else:
+        straight = _seen(networks, upright(cube, way))[0][0]
+    mirrored = _seen(networks, upright(cube, way).flip(2))[0][0].flip(-3)
+    return turned(torch.cat([straight, mirrored]), way), said, way
 
 
 def agreement(predictions: Tensor) -> float:
@@ -161,13 +169,13 @@ def agreement(predictions: Tensor) -> float:
 
 
 def cut_percent(gland: Tensor, inside: Tensor) -> float:
-    """How much of the two voxels around a gland the image does not show.
+    """How much of the three voxels around a gland the image does not show.
 
     Args:
         gland: map (X, Y, Z), above one half.
         inside: on the same grid, 1 in the image and 0 outside.
     """
-    near = torch.from_numpy(ndimage.binary_dilation((gland > 0.5).numpy(), iterations=2)) & (gland <= 0.5)
+    near = torch.from_numpy(ndimage.binary_dilation((gland > 0.5).numpy(), iterations=3)) & (gland <= 0.5)
     return 100 * (inside[near] < 0.5).double().mean().item()
 
 
@@ -215,20 +223,24 @@ class SegmentGlandsd(Transform):
         return d
 
     @torch.inference_mode()
-    def find(self, volume: MetaTensor) -> tuple[MetaTensor, dict[str, float]] | None:
+    def find(self, volume: MetaTensor) -> tuple[MetaTensor, dict[str, Any]] | None:
         """The gland of a volume (1, X, Y, Z) and the confidence in it; None without one.
 
-        The confidence: `agreement` of the second pass (see there); `blur`, Σ p(1 − p) over the voxels of the gland;
-        `drift`, how far the second pass moved its centre, in lengths of its cube; `growth`, the second length over the
-        first; `cut_percent` and `orientation`, see `orientation_check`.
+        The confidence: `agreement` of the last pass (see there); `blur`, Σ p(1 − p) over the voxels of the gland;
+        `drift`, how far the last pass moved its centre, in lengths of its cube; `growth`, its length over the one
+        before; `cut_percent`; `orientation`, how much likelier, in logarithms, the likeliest other way is in which the
+        volume can be stored than the header's, above 0 if it is; and `axes`, the directions of the voxel axes in the
+        likeliest way.
         """
         centre, axes, length = frame(volume)
         image = volume.as_tensor().cpu()
         dark = MetaTensor(image - image.min(), affine=volume.affine.cpu())  # nothing is darker than what is outside
-        for _ in range(2):
-            affine = cube_affine(centre, axes, length)
-            cube = standardised(on_cube(dark, affine)).to(self.device)
-            predictions, mirror = augmented_predictions(self.networks, cube)
+        said, way = [], None
+        for side in (WHOLE, WHOLE, SIDE):
+            affine = cube_affine(centre, axes, length, side)
+            cube = standardised(on_cube(dark, affine, side)).to(self.device)
+            predictions, votes_cast, way = look(self.networks, cube, way if len(said) == 2 else None)
+            said += [] if votes_cast is None else [votes_cast]
             mean = predictions.mean(0)[0].cpu()
             probability = largest_component(mean)
             if not probability.any():
@@ -236,11 +248,13 @@ class SegmentGlandsd(Transform):
             gland = MetaTensor(probability[None], affine=affine)
             (before, first), (centre, length) = (centre, length), close_up(gland)
         inside = on_cube(MetaTensor(torch.ones_like(image), affine=volume.affine.cpu()), affine)[0, 0]
+        believed = torch.stack(said).sum(0).log_softmax(0)
         return gland, {
             "agreement": agreement(predictions.cpu()),
             "blur": ((mean * (1 - mean)).sum() / (probability > 0.5).sum()).item(),
             "drift": (centre - before).norm().item() / length,
             "growth": length / first,
             "cut_percent": cut_percent(probability, inside),
-            "orientation": orientation_check(self.networks, cube, mirror, predictions[: len(self.networks)]),
+            "orientation": (believed[1:].max() - believed[0]).item(),
+            "axes": codes(volume.affine.numpy(), int(believed.argmax())),
         }

@@ -16,9 +16,10 @@ from scripts.data import checks, formats
 from scripts.data.datalist import IMAGES, KEYS, LABELS
 from scripts.network import fields
 from scripts.registration.initial_transform import align_glands, align_moments, read_initial_transform
-from scripts.registration.segmentation import CLOSE, NOMINAL, SIDE, close_up, coarsened, cube_affine, frame, moments
+from scripts.registration.segmentation import CLOSE, NOMINAL, close_up, coarsened, cube_affine, frame, moments
 
 GLANDS = ("moving_gland", "fixed_gland")
+GRID = 32  # voxels along each axis of a working grid that is measured by the gland
 
 
 class PlanFixedGridd(MapTransform):
@@ -114,8 +115,8 @@ class PlanFixedGridd(MapTransform):
     @staticmethod
     def _around_gland(data: Mapping[Hashable, MetaTensor]) -> tuple[Tensor, list[int], Tensor]:
         centre, length = close_up(data["fixed_gland"])
-        nominal = torch.full((3,), CLOSE * NOMINAL / SIDE, dtype=torch.float64)
-        return cube_affine(centre, frame(data["fixed_image"])[1], length), [SIDE] * 3, nominal
+        nominal = torch.full((3,), CLOSE * NOMINAL / GRID, dtype=torch.float64)
+        return cube_affine(centre, frame(data["fixed_image"])[1], length, GRID), [GRID] * 3, nominal
 
     def _field_of_view(self, data: Mapping[Hashable, MetaTensor]) -> tuple[Tensor, list[int], Tensor]:
         fixed = Orientation(axcodes="RAS", labels=None)(data["fixed_image"])

@@ -33,6 +33,14 @@ def prepare_batch(
     return image, targets | {"spacing": batch["spacing"]}  # read on the CPU, where it makes the filters
 
 
+def prepare_gland_batch(
+    batch: Mapping[str, Any], device: torch.device | str, non_blocking: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A batch of `scripts.training.gland_cubes.GlandLoader` -> cubes and the targets of `GlandLoss`, on the device."""
+    targets = {key: batch[key].to(device, non_blocking=non_blocking) for key in ("label", "orientation")}
+    return batch["image"].to(device, non_blocking=non_blocking), targets
+
+
 class TrainingProgress:
     """One progress bar over all iterations of a run, with the current loss and the time left."""
 
