@@ -31,10 +31,13 @@ IMAGES, LABELS = KEYS[:2], KEYS[2:]
 SINGLE = ("image", "label")  # keys of a single image
 SINGLE_FOLDERS = ("images", "labels")
 TRUTH = "true_ddf"  # folder and key of the true displacement, which phantoms have
-OPTIONS = ("moving_spacing", "fixed_spacing", "moving_series", "fixed_series")  # see `scripts.data.pairs.LoadPaird`
+OPTIONS = tuple(
+    f"{side}_{what}" for what in ("spacing", "series", "axes") for side in ("moving", "fixed")
+)  # of LoadPaird
 SUFFIXES = (".nii.gz", ".nii", ".hdr", ".mha", ".mhd", ".seg.nrrd", ".nrrd", ".nhdr", ".dcm", ".dicom", ".ima")
 RESULTS = (  # what a registration leaves in its folder, or removes there because it is of an earlier one
     *("warped_moving_image.nii.gz", "warped_moving_label.nii.gz", "ddf.nii.gz", "overview.png", "qc.json", "qa.json"),
+    *("moving_gland.nii.gz", "fixed_gland.nii.gz"),
     # those of `scripts.data.formats`, whose imports take seconds; a test compares them
     *("ddf.h5", "niftyreg.nii.gz", "transformix.txt", "registration.dcm", "warped_moving_image"),
 )
@@ -50,6 +53,10 @@ class Layout(NamedTuple):
     item: str
 
     @property
+    def items(self) -> str:
+        return self.item.split()[1] + "s"
+
+    @property
     def images(self) -> tuple[str, ...]:
         return tuple(key for key in self.keys if key.endswith("image"))
 
@@ -58,8 +65,8 @@ class Layout(NamedTuple):
         return tuple(key for key in self.keys if key.endswith("label"))
 
 
-PAIRS = Layout(KEYS, FOLDERS, OPTIONS, "pair")
-SINGLES = Layout(SINGLE, (SINGLE_FOLDERS,), ("spacing", "series", "axes"), "image")
+PAIRS = Layout(KEYS, FOLDERS, OPTIONS, "a pair")
+SINGLES = Layout(SINGLE, (SINGLE_FOLDERS,), ("spacing", "series", "axes"), "an image")
 
 
 def case_name(path: str | Path) -> str:
@@ -128,7 +135,7 @@ def _items_in_json(path: Path, labels: bool, layout: Layout) -> dict[str, list[d
     for split, names in SPLITS.items():
         items = next((content[n] for n in names if n in content), None)
         if items is not None and not isinstance(items, list):
-            raise InputError(f"{path}: {split} is not a list of {layout.item}s")
+            raise InputError(f"{path}: {split} is not a list of {layout.items}")
         for i, item in enumerate(items or []):
             known = item if isinstance(item, dict) else {}
             missing = [k for k in (layout.keys if labels else layout.images) if not isinstance(known.get(k), str)]
@@ -148,11 +155,11 @@ def _items_in_json(path: Path, labels: bool, layout: Layout) -> dict[str, list[d
                 pair["patient"] = str(item["patient"])
             if pair["case"] in (p["case"] for p in splits.get(split, [])):
                 raise InputError(
-                    f'{path}: more than one {layout.item} is called case {pair["case"]}; name each by its "case"'
+                    f'{path}: more than one {layout.items[:-1]} is called case {pair["case"]}; name each by its "case"'
                 )
             splits.setdefault(split, []).append(pair)
     if not splits:
-        raise InputError(f'{path}: no {layout.item}s; expected lists named "training", "validation" or "test"')
+        raise InputError(f'{path}: no {layout.items}; expected lists named "training", "validation" or "test"')
     return splits
 
 

@@ -36,7 +36,7 @@ def load_image(path: str, spacing: Size = None, series: str | int | None = None,
 class LoadSingled(Transform):
     """Load a single image and, where there is one, its label: `image` (1, X, Y, Z), `label` (M, X, Y, Z), see below.
 
-    Adds `file`, and `header_affine` (4, 4), which differs from the image's where its axes are declared.
+    Adds `file`, and `header` (4, 4), the affine that its header says.
 
     Args:
         label_values, spacing, series: as of `LoadPaird`.
@@ -60,14 +60,19 @@ class LoadSingled(Transform):
     def __call__(self, data: Mapping[Hashable, str]) -> dict:
         d = {key: value for key, value in data.items() if key not in self.told}
         told = self.told | {key: value for key, value in data.items() if key in self.told}
-        image = load_image(data["image"], told["spacing"], told["series"])
-        size, axes = tuple(image.shape[1:]), checked_axes("--axes", told["axes"])
-        affine = torch.from_numpy(declared(image.affine.numpy(), size, axes))
-        d["image"] = MetaTensor(image.as_tensor(), affine=affine)
+        image = load_image(data["image"], told["spacing"], told["series"], "image")
+        axes = checked_axes("--image_axes", told["axes"])
+        d["image"] = _as_declared(image, axes)
         if "label" in data:
             label = load_label(data["label"], data["image"], image, self.label_values, told["spacing"])
-            d["label"] = MetaTensor(label.as_tensor(), affine=affine)
-        return d | {"file": data["image"], "header_affine": image.affine}
+            d["label"] = _as_declared(label, axes)
+        return d | {"file": data["image"], "header": image.affine}
+
+
+def _as_declared(volume: MetaTensor, axes: str | None) -> MetaTensor:
+    """A volume (C, X, Y, Z) whose voxel axes run as declared, see `scripts.data.axes.declared`."""
+    affine = declared(volume.affine.numpy(), volume.shape[1:], axes)
+    return MetaTensor(volume.as_tensor(), affine=torch.from_numpy(affine))
 
 
 class LoadPaird(Transform):
@@ -84,6 +89,10 @@ class LoadPaird(Transform):
         moving_spacing, fixed_spacing: voxel size (x, y, z) in mm of images, and their labels, that state none.
         moving_series, fixed_series: which of several volumes of a file or folder, see `scripts.data.dicom.series`.
             A pair's own settings of these names go before all four.
+        moving_series, fixed_series: which of several volumes of a file or folder, see `scripts.data.dicom_series`.
+        moving_axes, fixed_axes: directions of the voxel axes where a header does not tell the truth, see
+            `scripts.data.axes`: the image and its label lie as declared, and `moving_header`, `fixed_header` (4, 4)
+            are the affines that their headers say. A pair's own settings of these names go before all six.
 
     Raises:
         InputError: any refusal of `scripts.data.checks`; a file that cannot be read.
@@ -96,9 +105,11 @@ class LoadPaird(Transform):
         fixed_spacing: Size = None,
         moving_series: str | int | None = None,
         fixed_series: str | int | None = None,
+        moving_axes: str | None = None,
+        fixed_axes: str | None = None,
     ) -> None:
         self.label_values = checked_values(label_values)
-        told = moving_spacing, fixed_spacing, moving_series, fixed_series
+        told = moving_spacing, fixed_spacing, moving_series, fixed_series, moving_axes, fixed_axes
         self.told = dict(zip(OPTIONS, told, strict=True))
 
     def __call__(self, data: Mapping[Hashable, str]) -> dict:
@@ -119,6 +130,16 @@ class LoadPaird(Transform):
             checks.check_drawable(data[LABELS[0]], d[LABELS[0]].numpy(), data[LABELS[1]], d[LABELS[1]].numpy())
         if TRUTH in d:
             d[TRUTH] = self._load_displacement(data[TRUTH], d["fixed_image"])
+        for side in ("moving", "fixed"):
+            axes = checked_axes(f"--{side}_axes", told[f"{side}_axes"])
+            if axes is not None and TRUTH in d:
+                raise checks.InputError(
+                    f"{data[TRUTH]}: is in the world of the headers; leave out --{side}_axes {axes}"
+                )
+            if axes is not None:
+                d[f"{side}_header"] = d[f"{side}_image"].affine
+                for key in (k for k in (f"{side}_image", f"{side}_label") if k in d):
+                    d[key] = _as_declared(d[key], axes)
         return d | {"moving_file": data["moving_image"], "fixed_file": data["fixed_image"]}
 
     @staticmethod

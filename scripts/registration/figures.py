@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import median_filter
 
 __all__ = ["centre_voxel", "deformed_grid", "draw_image", "draw_letters", "draw_outline", "draw_scale_bar", "drawing"]
-__all__ += ["edges", "loss_curve", "overview", "windowed"]
+__all__ += ["edges", "gland_found", "loss_curve", "overview", "windowed"]
 
 FOOTER = "Research use only. Not for clinical decisions."
 WIDTH, DPI = 15.0, 100  # inches, pixels per inch
@@ -153,6 +153,68 @@ def overview(
             place = {"loc": "upper right", "bbox_to_anchor": (1 - 0.2 / WIDTH, 1 - 0.12 / height), "ncols": 2}
             figure.legend(handles=handles, labelcolor=INK, frameon=False, fontsize=12, **place)
         note = "Field: the fixed grid x drawn at x + u(x), where the MR is sampled; colour: length of u in 3D"
+        figure.text(1 - 0.3 / WIDTH, 0.25 / height, note, color=FAINT, size=10.5, ha="right", va="center")
+
+
+def gland_found(
+    path: str | os.PathLike,
+    image: ArrayLike,
+    gland: ArrayLike,
+    spacing: Sequence[float],
+    facts: Sequence[str] = (),
+    label: ArrayLike | None = None,
+) -> None:
+    """Write one PNG, 1500 pixels wide, that shows a gland found in one image, from base to apex.
+
+    The whole axial plane through its centroid, five axial planes near the gland, and a sagittal and a coronal one.
+
+    Args:
+        path: the `.png` file, in a folder that exists; replaced as a whole if it exists.
+        image, gland: shape (X, Y, Z), axes towards R, A, S; the gland is outlined at 0.5.
+        spacing: voxel size (x, y, z) in mm.
+        facts: short phrases for the title.
+        label: the gland as a reader outlined it, likewise.
+    Raises:
+        ValueError: an argument has the wrong shape or holds a value that is not finite.
+    """
+    image = _checked("image", image)
+    shape = image.shape
+    gland, spacing = _checked("gland", gland, shape), _checked("spacing", spacing, (3,))
+    label = None if label is None else _checked("label", label, shape)
+    image, size = windowed(image, image), np.array(shape) * spacing
+    centre, where = centre_voxel(shape, gland), np.argwhere(gland > 0.5)
+    low, high = (where.min(0), where.max(0)) if len(where) else (np.zeros(3, int), np.array(shape) - 1)
+    half = 0.8 * ((high - low + 1) * spacing).max()
+    levels = np.rint(low[2] + (high[2] - low[2]) * np.array((0.95, 0.72, 0.5, 0.28, 0.05))).astype(int)
+    names = ("base", "", "middle", "", "apex")
+    panels = [("Axial, whole", (0, 1), centre[2], False)]
+    panels += [(f"Axial {name}".strip(), (0, 1), k, True) for name, k in zip(names, levels, strict=True)]
+    panels += [(name, PLANES[name], centre[3 - sum(PLANES[name])], True) for name in ("Sagittal", "Coronal")]
+    height, gap = 8.9, 0.1
+    with _written(path, height) as figure:
+        place = {"left": 0.3 / WIDTH, "right": 1 - 0.3 / WIDTH, "top": 1 - 1.45 / height, "bottom": 0.55 / height}
+        grid = figure.add_gridspec(2, 4, wspace=gap / 4, hspace=gap, **place)
+        for number, (name, axes, index, close) in enumerate(panels):
+            (normal,) = {0, 1, 2} - set(axes)
+            mm, ax = spacing[list(axes)], figure.add_subplot(grid[divmod(number, 4)])
+            draw_image(ax, np.take(image, index, normal), mm)
+            for one, style in ((label, MOVING), (gland, FIXED)):
+                if one is not None:
+                    draw_outline(ax, np.take(one, index, normal), mm, style)
+            middle = (np.array(centre) * spacing)[list(axes)] if close else (size[list(axes)] - mm) / 2
+            reach = half if close else size[list(axes)].max() / 2
+            limits = middle[:, None] + np.outer((reach, reach), (-1, 1))
+            ax.set(xlim=limits[0][::-1], ylim=limits[1], xticks=[], yticks=[], facecolor=BACKGROUND)
+            ax.spines[:].set_visible(False)
+            ax.set_title(f"{name}, slice {index + 1} of {shape[normal]}", color=INK, size=12, pad=6)
+            if not close:
+                draw_letters(ax, axes, size, spacing)
+        _draw_title(figure, "Gland found", facts)
+        names = [(FIXED, "gland found")] + [(MOVING, "label")] * (label is not None)
+        handles = [Line2D([], [], color=c, linestyle=dash, linewidth=2, label=name) for (c, dash), name in names]
+        corner = {"loc": "upper right", "bbox_to_anchor": (1 - 0.2 / WIDTH, 1 - 0.12 / height), "ncols": 2}
+        figure.legend(handles=handles, labelcolor=INK, frameon=False, fontsize=12, **corner)
+        note = "Seen from the feet: the patient's right is on the left; sagittal: front on the left"
         figure.text(1 - 0.3 / WIDTH, 0.25 / height, note, color=FAINT, size=10.5, ha="right", va="center")
 
 

@@ -17,16 +17,18 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 
 from scripts.data import formats, renamed
-from scripts.data.checks import check_case_name, sha256
+from scripts.data.checks import InputError, check_case_name, sha256
 from scripts.data.files import written_together
 from scripts.data.formats import save_displacement
 from scripts.data.root import VERSION
 from scripts.data.volumes import save_volume
 from scripts.network import fields
 from scripts.registration import figures, qc
-from scripts.registration.transforms import to_original_grid
+from scripts.registration.segmentation import on_image
+from scripts.registration.transforms import as_headers_say, to_original_grid
 
 LABEL = "warped_moving_label.nii.gz"
+GLANDS = ("moving_gland.nii.gz", "fixed_gland.nii.gz")
 NOTICE = "Research use only. Not for clinical decisions."
 
 
@@ -88,6 +90,18 @@ def glands_found(item: Mapping[str, Any]) -> dict[str, Tensor]:
     return dict(zip(("fixed_gland", "gland_before", "gland_after"), there.split(1), strict=True))
 
 
+def segmented_by(weights: str | Sequence[str] | None) -> dict[str, Any]:
+    """Of a QC record: the weights files that found the gland, with their SHA-256, and the versions of the software."""
+    paths = list(ensure_tuple(weights)) if weights else []
+    return {
+        "segmentation_weights": paths,
+        "segmentation_weights_sha256": [sha256(path) for path in paths],
+        "version": VERSION,
+        "torch": torch.__version__,
+        "monai": monai.__version__,
+    }
+
+
 def save_registration(
     folder: Path,
     item: Mapping[str, Any],
@@ -95,6 +109,7 @@ def save_registration(
     tools: Sequence[str] = (),
     limits: Mapping[str, Any] | None = None,
     inconsistency: float | None = None,
+    write_glands: bool = False,
 ) -> list[str]:
     """Write everything one registration leaves into `folder`, or nothing: files appear when all of them are complete.
 
@@ -104,6 +119,7 @@ def save_registration(
         tools: whose transform files to write beside ddf.nii.gz, see `scripts.data.formats.FILES`.
         limits: see `scripts.registration.qc.flags`.
         inconsistency: see `scripts.registration.qc.quality`.
+        write_glands: whether to write the glands that were found, each on its image's grid.
 
     Returns:
         What is to be checked, see `scripts.registration.qc.flags`.
@@ -111,13 +127,18 @@ def save_registration(
     Raises:
         InputError: the folder cannot be written.
     """
-    with written_together(folder, stale={LABEL, formats.WARPED_SERIES, *formats.FILES.values()}) as partial:
-        affine = item["original_fixed_image"].affine.numpy()
+    with written_together(folder, stale={LABEL, *GLANDS, formats.WARPED_SERIES, *formats.FILES.values()}) as partial:
+        told = as_headers_say(item)
+        affine = told["original_fixed_image"].affine.numpy()
         save_volume(
             partial / "warped_moving_image.nii.gz", item["warped_moving_image"][0].numpy(), affine, dtype=np.float32
         )
-        save_displacement(partial / "ddf.nii.gz", item["displacement"].numpy(), affine)
-        formats.save_formats(partial, tools, item, affine, final=folder)
+        save_displacement(partial / "ddf.nii.gz", told["displacement"].numpy(), affine)
+        formats.save_formats(partial, tools, told, affine, final=folder)
+        for side, name in zip(("moving", "fixed"), GLANDS, strict=True) if write_glands else ():
+            image = told[f"original_{side}_image"]
+            gland = on_image(item[f"original_{side}_gland"], item[f"original_{side}_image"])[0] > 0.5
+            save_volume(partial / name, gland.numpy(), image.affine.numpy(), dtype=np.uint8)
         if "warped_moving_label" in item:
             binary = (item["warped_moving_label"] >= 0.5).movedim(0, -1).numpy()
             binary = binary[..., 0] if binary.shape[-1] == 1 else binary
@@ -146,9 +167,11 @@ class SaveRegistrations:
         tools: whose transform files to write, a list or separated by commas, see `formats.checked_formats`.
         pairs: the datalist, for what some tools need of the inputs.
         limits: beyond which a figure raises a flag, see `scripts.registration.qc.flags`.
+        write_glands: see `save_registration`.
 
     Raises:
-        InputError: an unknown tool, or inputs that its file cannot be written for.
+        InputError: an unknown tool, or inputs that its file cannot be written for; glands to write of a registration
+            that looks for none.
     """
 
     def __init__(
@@ -161,7 +184,11 @@ class SaveRegistrations:
         tools: str | Sequence[str] | None = None,
         pairs: Sequence[Mapping[str, str]] = (),
         limits: Mapping[str, Any] | None = None,
+        write_glands: bool = False,
     ) -> None:
+        if write_glands and not segmentation_weights:
+            raise InputError("write_glands: no gland is looked for; that is done for a learned initial transform")
+        self.write_glands = write_glands
         self.limits = dict(limits or {})
         qc.flags({}, self.limits)  # refuses an unknown one
         self.output_dir = Path(output_dir)
@@ -169,12 +196,7 @@ class SaveRegistrations:
         self.tools = formats.checked_formats(tools, pairs)
         self.provenance: dict[str, Any] = {"initial_transform": initial_transform}
         self.provenance |= {"weights": weights, "weights_sha256": weights and sha256(weights)}
-        segmenters = ensure_tuple(segmentation_weights) if segmentation_weights else ()
-        self.provenance |= {
-            "segmentation_weights": list(segmenters),
-            "segmentation_weights_sha256": [sha256(path) for path in segmenters],
-        }
-        self.provenance |= {"version": VERSION, "torch": torch.__version__, "monai": monai.__version__}
+        self.provenance |= segmented_by(segmentation_weights)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._save)
@@ -185,5 +207,5 @@ class SaveRegistrations:
         for batch, output, inconsistency in items:
             item = {**batch, **output}
             folder = self.output_dir / check_case_name(item["case"]) if self.case_folders else self.output_dir
-            found = save_registration(folder, item, known, self.tools, self.limits, inconsistency)
+            found = save_registration(folder, item, known, self.tools, self.limits, inconsistency, self.write_glands)
             print("; ".join([f"{item['case']}: {folder}", *(f"CHECK: {flag}" for flag in found)]))

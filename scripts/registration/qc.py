@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ MEANINGS = {  # what a figure beyond its limits means, in the words of a flag
     "growth": "a closer look at the {side} image finds a gland of another size",
     "cut_percent": "the {side} image does not show the whole gland",
     "border_difference": "the images seem to be exchanged, the moving one is dark at its borders as ultrasound is",
-    "orientation": "the {side} image seems to be upside down or back to front",
+    "orientation": "the {side} image seems to be stored with the axes {axes}, look at it and declare them"
+    " by --{option}_axes {axes}",
 }
 
 
@@ -89,23 +90,33 @@ def quality(
         "inverse_consistency_mm": math.nan if inconsistency is None else inconsistency * voxel,
     }
     for side in ("moving", "fixed"):
-        record |= {f"{side}_{name}": float(value) for name, value in item.get(f"{side}_confidence", {}).items()}
+        record |= {f"{side}_{name}": value for name, value in plain(item.get(f"{side}_confidence", {})).items()}
     if "original_fixed_label" in item and "warped_moving_label" in item:
         fixed = item["original_fixed_label"].as_tensor()
         for suffix, warped in (("_before", before["moving_label"]), ("", item["warped_moving_label"])):
             scores, _ = metrics.score_case(warped, fixed, affine[:3, :3].norm(dim=0))
             record[f"gland_dsc{suffix}"] = scores["dsc"]
             record[f"tre{suffix}_mm"] = scores["tre_mm"]
-    return {k: v if math.isfinite(v) else None for k, v in record.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
-def flags(record: Mapping[str, Any], limits: Mapping[str, tuple[float | None, float | None]]) -> list[str]:
+def plain(confidence: Mapping[str, Any]) -> dict[str, float | str]:
+    """The confidence in a gland, see `scripts.registration.segmentation.SegmentGlandsd`, as JSON takes it."""
+    return {name: value if isinstance(value, str) else float(value) for name, value in confidence.items()}
+
+
+def flags(
+    record: Mapping[str, Any],
+    limits: Mapping[str, tuple[float | None, float | None]],
+    sides: Sequence[str] = ("moving_", "fixed_"),
+) -> list[str]:
     """What about a registration should make its reader doubt it, in words, with the figure and its limit.
 
     Args:
-        record: of `quality`.
+        record: of `quality`; or of a single image.
         limits: the lowest and the highest value that raises no flag of each figure, None for no such limit; of both
             images if the name is without `moving_` or `fixed_`.
+        sides: what the figures of an image begin with; an empty text for those of a single image.
 
     Raises:
         InputError: limits of a figure that there is none of.
@@ -114,13 +125,14 @@ def flags(record: Mapping[str, Any], limits: Mapping[str, tuple[float | None, fl
     for name, (low, high) in renamed.current(limits, renamed.FIGURES).items():
         if name not in MEANINGS:
             raise InputError(f"limits: {name} is none of {', '.join(MEANINGS)}")
-        sides = ("moving", "fixed") if "{side}" in MEANINGS[name] else ("",)
-        for side in sides:
-            figure = f"{side}_{name}" if side else name
-            value = record.get(figure)
+        for side in sides if "{side}" in MEANINGS[name] else ("",):
+            value = record.get(f"{side}{name}")
             if value is None:
                 continue
             limit = low if low is not None and value < low else high if high is not None and value > high else None
             if limit is not None:
-                found.append(f"{MEANINGS[name].format(side=side)} ({figure} {value:.3g}, limit {limit:g})")
+                one = side.strip("_")
+                meaning = MEANINGS[name].replace("{side} ", f"{one} ".lstrip())
+                meaning = meaning.format(axes=record.get(f"{side}axes"), option=one or "image")
+                found.append(f"{meaning} ({side}{name} {value:.3g}, limit {limit:g})")
     return found

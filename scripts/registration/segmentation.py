@@ -179,14 +179,21 @@ def cut_percent(gland: Tensor, inside: Tensor) -> float:
     return 100 * (inside[near] < 0.5).double().mean().item()
 
 
+def on_image(gland: MetaTensor, image: MetaTensor) -> Tensor:
+    """The probability of a gland that was found (1, …), on the grid of its image (1, X, Y, Z), float32."""
+    to_gland = torch.linalg.inv(gland.affine.double()) @ image.affine.double().cpu()
+    return fields.resample(gland.as_tensor()[None].float(), to_gland, image.shape[1:], padding_mode="outside")[0]
+
+
 class SegmentGlandsd(Transform):
     """Add `moving_gland` and `fixed_gland`: the probability of the gland, found in each image by a network.
 
     Each is a `MetaTensor` (1, SIDE, SIDE, SIDE) with its own affine (RAS mm): a cube around the gland, without smaller
-    regions than the largest. `moving_confidence` and `fixed_confidence` are what speaks against them, see `find`.
+    regions than the largest. `moving_confidence` and `fixed_confidence` are what speaks against them, see `find`. Of a
+    single image, `image`, they are `gland` and `confidence`.
 
     Args:
-        network: (B, 1, SIDE, SIDE, SIDE) -> logits of the gland, same shape.
+        network: see `scripts.network.segmentation.GlandNetwork`.
         path: its weights; or several files, whose networks' probabilities are averaged.
         device: where it runs.
         wanted: False leaves a pair as it is.
@@ -214,12 +221,12 @@ class SegmentGlandsd(Transform):
                 load_weights(path, network)
                 network.to(self.device).eval()
         d = dict(data)
-        for side in ("moving", "fixed"):
-            found = self.find(d[f"{side}_image"])
+        for side in ("",) if "image" in d else ("moving_", "fixed_"):
+            found = self.find(d[f"{side}image"])
             if found is None:
-                where = d.get(f"{side}_file", f"the {side} image")
+                where = d.get(f"{side}file", f"the {side.strip('_')} image")
                 raise InputError(f"{where}: no prostate found; is it the right image, with the whole gland in view?")
-            d[f"{side}_gland"], d[f"{side}_confidence"] = found
+            d[f"{side}gland"], d[f"{side}confidence"] = found
         return d
 
     @torch.inference_mode()

@@ -63,6 +63,8 @@ class PlanFixedGridd(MapTransform):
             transform = self._between_labels(data)
         else:
             steps = read_initial_transform(self.initial_transform, data["moving_image"], data["fixed_image"])
+            if self.initial_transform not in ("centre", "rigid"):  # these look at the images, others at their headers
+                steps = [torch.linalg.inv(as_declared(data, "fixed")), *steps, as_declared(data, "moving")]
             if any(isinstance(step, formats.Displacement) for step in steps):
                 data = self._pulled(data, steps)
             else:
@@ -131,6 +133,34 @@ class PlanFixedGridd(MapTransform):
         return grid_affine, size.int().tolist(), new
 
 
+def as_declared(data: Mapping[Hashable, MetaTensor], side: str) -> Tensor:
+    """World of a header -> world in which its image lies, (4, 4), float64: the identity but for declared axes."""
+    if f"{side}_header" not in data:
+        return torch.eye(4, dtype=torch.float64)
+    image = data[f"original_{side}_image"] if f"original_{side}_image" in data else data[f"{side}_image"]
+    return image.affine.double().cpu() @ torch.linalg.inv(torch.as_tensor(data[f"{side}_header"]).double().cpu())
+
+
+def as_headers_say(item: Mapping[Hashable, MetaTensor]) -> dict:
+    """A registration whose `displacement` and `original_…` images are in the worlds of the headers, for its files.
+
+    The same voxels of the fixed image show the same voxels of the moving one; only where axes were declared that differ
+    from a header's are the worlds not those in which the pair was registered.
+    """
+    if not {"moving_header", "fixed_header"} & set(item):
+        return dict(item)
+    fixed, moving = (torch.linalg.inv(as_declared(item, side)) for side in ("fixed", "moving"))
+    x = fields.world_grid(item["displacement"].shape[1:], item["original_fixed_image"].affine.double())
+    y = x + item["displacement"][None].double()
+    u = fields.transform_points(moving, y) - fields.transform_points(fixed, x)
+    result = dict(item) | {"displacement": u[0].to(item["displacement"])}
+    for side in ("moving", "fixed"):
+        for key in (k for k in (f"original_{side}_image", f"original_{side}_label") if k in item):
+            header = item.get(f"{side}_header", item[key].affine)
+            result[key] = MetaTensor(torch.as_tensor(item[key]), affine=torch.as_tensor(header).cpu())
+    return result
+
+
 def grid_to_world(plan: Mapping[Hashable, Tensor], key: str) -> Tensor:
     """Voxel of the planned working grid -> world of the volume called `key`, shape (4, 4), float64."""
     return plan["initial_transform"] @ plan["grid_affine"] if key.startswith("moving") else plan["grid_affine"]
@@ -152,6 +182,7 @@ class OntoFixedGridd(PlanFixedGridd):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d = super().__call__(data)
         size = d.pop("grid_size")
+        d |= {f"original_{key}": d[key] for key in GLANDS if key in d}
         for key in [k for k in (*KEYS, *GLANDS) if k in d]:
             padding = "border" if key in IMAGES else "outside"
             volume = d[key].as_tensor()[None].double()
