@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register, apply, invert, check, phantom, sweep, crossval, report, check-config and others.
+"""`python -m scripts VERB`: register, segment, apply, invert, check, phantom, sweep, crossval, report and others.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -47,13 +47,49 @@ def register(
         settings: any setting of configs/inference.json, for example --ckpt_path FILE or --formats itk,niftyreg. Of
             images: --moving_spacing and --fixed_spacing '[x,y,z]', the voxel size in mm of one that states none;
             --moving_series and --fixed_series, which of several volumes of a DICOM file or folder, by its number in
-            the list that the refusal shows, or by elements, for example EchoTime=100.
+            the list that the refusal shows, or by elements, for example EchoTime=100; --moving_axes and --fixed_axes,
+            where the three voxel axes run to if a header does not tell the truth, for example LPS: the files that are
+            written stay in the worlds of the headers. --write_glands True writes moving_gland.nii.gz and
+            fixed_gland.nii.gz, the glands found, each on its image's grid.
     """
     from scripts.bundle.workflow import register
 
     if initial_transform is not None:
         settings["initial_transform"] = initial_transform
     register(moving, fixed, output_dir, moving_labels, fixed_labels, overlay, **settings)
+
+
+def segment(
+    image: str,
+    output: str,
+    modality: str = "auto",
+    labels: str | None = None,
+    probability: bool = False,
+    **settings,
+) -> None:
+    """Find the prostate gland in an MR or a TRUS volume, or in all of a folder. Research use only.
+
+    Example:
+        python -m scripts segment mr.nii.gz --output gland.nii.gz
+        python -m scripts segment images --output glands --labels labels
+
+    Writes gland.nii.gz on the image's own grid, gland.png, which shows it, and gland.json: its volume, how sure the
+    networks are, and flags where their figures leave the limits. Of a folder it writes such files for each image and
+    glands.csv, a table.
+
+    Args:
+        image: a NIfTI, MetaImage, NRRD or DICOM file, or a folder with a DICOM series; or a folder of those; or a data
+            set, of pairs or of single images.
+        output: the mask (.nii.gz); of several images a folder.
+        modality: "mr", "us", or "auto", which goes by the file or by what the image looks like.
+        labels: a label file of the image, or a folder of them with the same names, to be compared with: Dice.
+        probability: True writes the probability of the gland too, gland_probability.nii.gz.
+        settings: any setting of configs/segment.yaml or inference.json, for example --segmentation_path FILE; of
+            images as of register: --image_spacing, --image_series and --image_axes.
+    """
+    from scripts.bundle.workflow import segment
+
+    segment(image, output, modality, labels, probability, **settings)
 
 
 def apply(
@@ -386,7 +422,7 @@ def check_config(path: str) -> None:
 
 def main() -> None:
     words = sys.argv[1:]
-    verbs = (register, apply, invert, check, phantom, sweep, demo, crossval, report, release, check_config)
+    verbs = (register, segment, apply, invert, check, phantom, sweep, demo, crossval, report, release, check_config)
     named = {verb.__name__: verb for verb in verbs}
     try:
         if not words or {"-h", "--help"} & set(words):  # a bare --help of a verb with required arguments is an error

@@ -1,4 +1,4 @@
-"""How a config of this bundle is run, and one pair through configs/inference.json."""
+"""How a config of this bundle is run, and one pair, or the gland of single images, through configs/inference.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from pathlib import Path
 from scripts.bundle.settings import check_settings
 from scripts.data import renamed
 from scripts.data.checks import InputError
-from scripts.data.datalist import case_name, check_output
+from scripts.data.datalist import (
+    FOLDERS,
+    SINGLE_FOLDERS,
+    SPLITS,
+    SUFFIXES,
+    case_name,
+    check_output,
+    image_files,
+    single_images,
+)
 from scripts.data.files import readable
 from scripts.data.root import CONFIGS
 
@@ -95,3 +104,48 @@ def register(
         case_folders=False,
         **settings,
     )
+
+
+def segment(
+    image: str, output: str, modality: str = "auto", labels: str | None = None, probability: bool = False, **settings
+) -> None:
+    """Find the gland in an image, or in those of a folder; the arguments are those of the verb `segment`.
+
+    Raises:
+        InputError: see `register`.
+    """
+    from scripts.data.dicom import holds_slices
+
+    for name in (*OWN, "output_dir"):
+        if name in settings:
+            raise InputError(f"--{name}: has no meaning for segment; IMAGE and --output say it")
+    path, out, overlay = Path(readable(image)), Path(output), str(CONFIGS / "segment.yaml")
+    several = path.is_dir() and not holds_slices(path)
+    if several and any((path / name).is_dir() for name in (*SPLITS, SINGLE_FOLDERS[0], *sum(FOLDERS, ()))):
+        items = [item for split in SPLITS for item in single_images(str(path), split, labels=False)]
+        items = list({item["image"]: item for item in items}.values())
+        twice = len({item["case"] for item in items}) < len(items)  # the two images of a pair
+        cases = [f"{i['case']}_{i['group'].split()[-1]}" if twice else i["case"] for i in items]
+        items = [{k: v for k, v in i.items() if k != "group"} | {"case": c} for i, c in zip(items, cases, strict=True)]
+    elif several:
+        items = [{"case": case, "image": str(file)} for case, file in image_files(path).items()]
+        if not items:
+            raise InputError(f"{path}: no images; expected files ending in {', '.join(SUFFIXES)}, or folders")
+    else:
+        items = [{"case": case_name(out), "image": str(path)}]
+    if not several and not output.lower().endswith(".nii.gz"):
+        raise InputError(f"--output {output}: expected a name that ends in .nii.gz")
+    if several and output.lower().endswith((".nii.gz", ".nii")):
+        raise InputError(f"--output {output}: expected a folder, since {image} holds several images")
+    there = {} if labels is None else image_files(Path(labels)) if several else {items[0]["case"]: Path(labels)}
+    for item in items:
+        item |= {"label": str(there[item["case"]])} if item["case"] in there else {}
+        item |= {key: absolute(item[key]) for key in ("image", "label") if key in item}
+    import_monai()
+    settings |= {"modality": modality, "write_probability": probability}
+    files = [str(CONFIGS / "inference.json"), overlay]
+    check_settings(settings, files, "segment", ("image", "output", "modality", "labels", "probability"))
+    if settings.get("segmentation_path") is not None:
+        settings["segmentation_path"] = absolute(settings["segmentation_path"])
+    folder = absolute(out if several else out.parent)
+    run_config("inference.json", overlay, datalist=items, output_dir=folder, **settings)

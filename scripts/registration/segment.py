@@ -26,7 +26,6 @@ from scripts.registration import figures, qc
 from scripts.registration.outputs import NOTICE, segmented_by
 from scripts.registration.segmentation import moments, on_image
 
-ENDINGS = ("_gland.nii.gz", "_gland_probability.nii.gz", "_gland.png", "_gland.json")
 MODALITIES = {"mr": "MR", "us": "US", "auto": None}
 DARK = 0.45  # borders of an ultrasound are darker than this, see `scripts.registration.qc.border_brightness`
 COLUMNS = ("case", "dice", "modality", "volume_ml", "flags")
@@ -39,7 +38,7 @@ class SegmentImages:
 
     Args:
         dataset: items as `scripts.registration.segmentation.SegmentGlandsd` leaves them.
-        output_dir: where to write; `CASE_gland.nii.gz` and so on, and of several images `glands.csv`, a table.
+        output_dir: where to write; `CASE.nii.gz` and so on, and of several images `glands.csv`, a table.
         weights: files of the network, for the record.
         limits: beyond which a figure raises a flag, see `scripts.registration.qc.flags`.
         probability: whether to write the probability too.
@@ -111,13 +110,13 @@ def save_gland(
     probability: bool = False,
     told: str = "auto",
 ) -> dict[str, Any]:
-    """Write the gland of one image: `CASE_gland.nii.gz`, `_gland.png`, `_gland.json`, or nothing.
+    """Write the gland of one image: `CASE.nii.gz`, `.png` and `.json`, or nothing.
 
     Args:
         item: `image`, `label` if there is one, `header`, `file`, `case`, and `gland` and `confidence` as found.
         provenance: for the record.
         limits: see `scripts.registration.qc.flags`.
-        probability: whether to write `_gland_probability.nii.gz` too.
+        probability: whether to write `CASE_probability.nii.gz` too.
         told: the modality that the user says.
 
     Returns:
@@ -144,12 +143,12 @@ def save_gland(
         record["flags"].insert(0, f"the image is said to be {record['modality']}, but does not look like it")
     record |= dict(provenance)
     with written_together(folder) as partial:
-        save_volume(partial / f"{case}_gland.nii.gz", mask.numpy(), header, dtype=np.uint8)
+        save_volume(partial / f"{case}.nii.gz", mask.numpy(), header, dtype=np.uint8)
         if probability:
-            save_volume(partial / f"{case}_gland_probability.nii.gz", found[0].numpy(), header, dtype=np.float32)
-        _draw(partial / f"{case}_gland.png", item, found, record)
+            save_volume(partial / f"{case}_probability.nii.gz", found[0].numpy(), header, dtype=np.float32)
+        _draw(partial / f"{case}.png", item, found, record)
         text = json.dumps(record, indent=2) + "\n"
-        (partial / f"{case}_gland.json").write_text(text, encoding="utf-8")
+        (partial / f"{case}.json").write_text(text, encoding="utf-8")
     return record
 
 

@@ -1,0 +1,53 @@
+"""The eight ways a volume can be stored: a group but for left and right, votes that agree, letters that repeat a run."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from scripts.data.axes import declared
+from scripts.registration.orientation import WAYS, after, codes, turned, upright, votes
+
+EIGHT = range(len(WAYS))
+CUBE = torch.arange(27.0).view(1, 3, 3, 3)
+
+
+@pytest.mark.parametrize("way", EIGHT)
+def test_upright_undoes_turned(way):
+    assert torch.equal(upright(turned(CUBE, way), way), CUBE)
+    assert torch.equal(turned(CUBE, 0), CUBE)
+
+
+@pytest.mark.parametrize("way", EIGHT)
+@pytest.mark.parametrize("turn", EIGHT)
+def test_a_cube_made_upright_from_another_way_is_stored_as_after_says_but_for_left_and_right(way, turn):
+    symmetric = CUBE + CUBE.flip(-3)  # a patient who is the same on both sides
+    assert torch.equal(upright(turned(symmetric, way), turn), turned(symmetric, after(way, turn)))
+
+
+@pytest.mark.parametrize("way", EIGHT)
+def test_networks_that_know_the_way_of_what_they_see_vote_for_it(way):
+    said = torch.stack([torch.eye(8)[after(way, turn)] * 5 for turn in EIGHT])[:, None].repeat(1, 2, 1)
+    found = votes(said)
+    assert found.argmax() == way and found.exp().sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PRS", "SRA"])
+@pytest.mark.parametrize("way", EIGHT)
+def test_the_letters_of_a_way_declare_the_volume_upright(axes, way):
+    """A patient stored `way` under a header that says something else: declared by the letters, he is upright."""
+    patient = torch.zeros(1, 4, 6, 8)
+    patient[:, 1:3, 4:, :5] = 1  # the same from left to right, in front, below
+    header = declared(np.eye(4), patient.shape[1:], axes)
+    nearest = nib.orientations.io_orientation(header)
+    shown = turned(patient, way)[0].numpy()  # as the header's order nearest to RAS has it
+    stored = nib.orientations.apply_orientation(shown, nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)))
+    header = declared(np.eye(4), stored.shape, axes)
+    assert (nearest == nib.orientations.io_orientation(header)).all()
+    said = codes(header, way)
+    image = nib.Nifti1Image(stored, declared(header, stored.shape, said))
+    assert np.array_equal(nib.as_closest_canonical(image).get_fdata(), patient[0].numpy())
+    assert np.sign(np.linalg.det(declared(header, stored.shape, said)[:3, :3])) == np.sign(np.linalg.det(header[:3, :3]))
+    if way == 0:
+        assert said == axes
