@@ -15,7 +15,7 @@ from scripts.registration.pairwise import rigid_transform
 from scripts.registration.segmentation import moments
 
 STRETCH = 0.05  # standard deviation of the logarithm of the stretch along an axis, of the maximum a posteriori
-TOGETHER = 1 / 655  # of a gland's cube counts as one observation there: neighbouring voxels say the same
+TOGETHER = 50 / 32**3  # of a gland's cube counts as one observation there: neighbouring voxels say the same
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:

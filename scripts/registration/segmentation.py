@@ -224,7 +224,7 @@ class SegmentGlandsd(Transform):
         for side in ("",) if "image" in d else ("moving_", "fixed_"):
             found = self.find(d[f"{side}image"])
             if found is None:
-                where = d.get(f"{side}file", f"the {side.strip('_')} image")
+                where = d.get(f"{side}file", f"the {side.replace('_', ' ')}image")
                 raise InputError(f"{where}: no prostate found; is it the right image, with the whole gland in view?")
             d[f"{side}gland"], d[f"{side}confidence"] = found
         return d

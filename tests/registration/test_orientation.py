@@ -1,4 +1,4 @@
-"""The eight ways a volume can be stored: a group but for left and right, votes that agree, letters that repeat a run."""
+"""The eight ways a volume can be stored: a group but for left and right, votes that agree, letters that mend it."""
 
 import nibabel as nib
 import numpy as np
@@ -41,13 +41,16 @@ def test_the_letters_of_a_way_declare_the_volume_upright(axes, way):
     header = declared(np.eye(4), patient.shape[1:], axes)
     nearest = nib.orientations.io_orientation(header)
     shown = turned(patient, way)[0].numpy()  # as the header's order nearest to RAS has it
-    stored = nib.orientations.apply_orientation(shown, nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)))
+    stored = nib.orientations.apply_orientation(
+        shown,
+        nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)),
+    )
     header = declared(np.eye(4), stored.shape, axes)
     assert (nearest == nib.orientations.io_orientation(header)).all()
     said = codes(header, way)
-    image = nib.Nifti1Image(stored, declared(header, stored.shape, said))
+    mended = declared(header, stored.shape, said)
+    image = nib.Nifti1Image(stored, mended)
     assert np.array_equal(nib.as_closest_canonical(image).get_fdata(), patient[0].numpy())
-    assert np.sign(np.linalg.det(declared(header, stored.shape, said)[:3, :3])) == np.sign(np.linalg.det(header[:3, :3]))
+    assert np.sign(np.linalg.det(mended[:3, :3])) == np.sign(np.linalg.det(header[:3, :3]))
     if way == 0:
         assert said == axes

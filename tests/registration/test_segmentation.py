@@ -6,22 +6,27 @@ import torch
 from monai.data import MetaTensor
 from torch import nn
 
+from scripts.data.axes import declared
 from scripts.data.checks import InputError
 from scripts.network import fields
 from scripts.registration.initial_transform import align_moments, maximum_a_posteriori
+from scripts.registration.orientation import turned as stored
+from scripts.registration.orientation import upright
 from scripts.registration.outputs import glands_found
 from scripts.registration.segmentation import (
     SIDE,
+    WHOLE,
     SegmentGlandsd,
-    augmented_predictions,
+    close_up,
     cube_affine,
     frame,
     largest_component,
+    look,
     moments,
     on_cube,
-    orientation_check,
 )
 from scripts.registration.transforms import (
+    GRID,
     KeepOriginalsd,
     OntoFixedGridd,
     PlanFixedGridd,
@@ -53,14 +58,20 @@ def middle(size, affine):
 
 
 class Bright(nn.Module):
-    """A network that calls gland what is brighter than the mean of its cube."""
+    """A network that calls gland what is bright, and cannot tell which way round it is."""
 
     def __init__(self):
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(8.0))
 
-    def forward(self, x):
+    def gland(self, x):
         return self.gain * (x - 0.5)
+
+    def ways(self, x):
+        return torch.zeros(len(x), 8)
+
+    def forward(self, x):
+        return torch.cat([self.gland(x), self.ways(x)[..., None, None, None].expand(-1, -1, *x.shape[2:])], dim=1)
 
 
 def initial_transform_of(moving, fixed, weights):
@@ -223,58 +234,53 @@ def test_a_wrong_voxel_size_in_both_headers_does_not_change_the_start_in_voxels(
     assert torch.allclose(*starts, atol=1e-4)
 
 
-class Upright(nn.Module):
-    """A network that knows the front of a patient from the back, and is surer of one side than of the other."""
+class KnowsTheWay(Bright):
+    """A network that sees a gland, surer on one side, in what is upright: brighter below than above, in front than
+    behind, and more from side to side than from front to back; and that says which way round a cube is."""
 
-    def __init__(self, front):
-        super().__init__()
-        where = torch.linspace(-1, 1, 32)
-        self.front, self.side = (where.view([32 if i == axis else 1 for i in range(3)]) for axis in (front, 1 - front))
+    def gland(self, x):
+        side = torch.linspace(-1, 1, x.shape[2]).view(-1, 1, 1)
+        right_way = (self.ways(x).argmax(1) == 0)[:, None, None, None, None]
+        return torch.where(right_way, 8 * (x - 1.2) * (2 + side), -8.0)
 
-    def forward(self, x):
-        return 4 * (x - 0.5) * (2 + self.side) - 20 * (self.front > 0)
-
-
-@pytest.mark.parametrize("front", [0, 1])
-def test_the_mirror_image_is_taken_along_the_axis_in_which_the_patient_is_symmetric(front):
-    cube, network, side = torch.zeros(1, 1, 32, 32, 32), Upright(front), 3 - front
-    cube[..., 6:12, 6:12, 6:12] = 1
-    straight, mirrored = (network(c).sigmoid() for c in (cube, cube.flip(side)))
-    assert not torch.allclose(straight, mirrored.flip(side))
-    assert torch.allclose(augmented_predictions([network], cube)[0].mean(0), (straight + mirrored.flip(side)) / 2)
+    def ways(self, x):
+        return torch.stack(
+            [-20 * (upright(x, way) - body(x.shape[2])).square().mean((1, 2, 3, 4)) for way in range(8)], 1
+        )
 
 
-class KnowsTheWay(nn.Module):
-    """A network that calls gland what is bright, where it is brighter above than below and in front than behind."""
-
-    def __init__(self, back):
-        super().__init__()
-        self.back = back
-
-    def forward(self, x):
-        means = [[half.mean((2, 3, 4), keepdim=True) for half in x.chunk(2, axis)] for axis in (4, self.back)]
-        upright = (means[0][1] > means[0][0]) & (means[1][1] > means[1][0])
-        return torch.where(upright, 8 * (x - 0.5), -8.0)
+def body(side):
+    """A patient in a cube, the same from left to right."""
+    x, y, z = torch.meshgrid(*[torch.linspace(-1, 1, side)] * 3, indexing="ij")
+    return (x.square() / 2 + y.square() + z.square() < 0.3).float() + 0.2 * y - 0.3 * z
 
 
-@pytest.mark.parametrize("mirror", [2, 3])
-def test_a_body_that_is_turned_over_is_seen_by_a_network_that_knows_the_way_and_by_no_other(mirror):
-    back, bright = 5 - mirror, Bright()
-    x, y, z = torch.meshgrid(*[torch.linspace(-1, 1, SIDE)] * 3, indexing="ij")
-    ball = (x.square() + y.square() + z.square() < 0.3).float()
-    cube = (ball + 0.1 * z + 0.1 * (x if back == 2 else y))[None, None]
-    knows = KnowsTheWay(back)
+@pytest.mark.parametrize("way", range(8))
+def test_networks_see_a_cube_upright_and_in_the_mirror_however_it_is_stored(way):
+    network, cube = KnowsTheWay(), body(16)[None, None]
+    shown = stored(cube, way)
+    gland, said, found = look([network], shown)
+    assert found == way and said.argmax() == way and said.exp().sum() == pytest.approx(1)
+    straight, mirrored = (network(c)[:, :1].sigmoid() for c in (cube, cube.flip(2)))
+    assert not torch.allclose(straight, mirrored.flip(2))
+    torch.testing.assert_close(gland, stored(torch.cat([straight, mirrored.flip(2)]), way))
+    again, unasked, _ = look([network], shown, way)
+    assert unasked is None and torch.allclose(again, gland, atol=1e-6)
 
-    def doubt(cube, *networks):
-        return orientation_check(networks, cube, mirror, torch.cat([network(cube).sigmoid() for network in networks]))
 
-    assert doubt(cube, knows) < -3
-    assert doubt(cube.flip(mirror), knows) == pytest.approx(doubt(cube, knows))
-    for over in ((4,), (back,), (4, back)):
-        assert doubt(cube.flip(over), knows) > 3
-        assert abs(doubt(cube.flip(over), bright)) < 1e-4
-        assert doubt(cube.flip(over), bright, knows) == pytest.approx(doubt(cube.flip(over), knows) / 2, abs=1e-4)
-    assert doubt(torch.zeros_like(cube), knows) == 0  # nothing to see, either way
+@pytest.mark.parametrize("way", range(8))
+def test_a_volume_whose_header_lies_has_its_gland_found_where_it_is_and_the_letters_that_mend_it(way, tmp_path):
+    torch.save(KnowsTheWay().state_dict(), tmp_path / "knows.pt")
+    image = stored(body(40)[None], way)
+    found = SegmentGlandsd(KnowsTheWay(), str(tmp_path / "knows.pt"))({"image": MetaTensor(image, affine=torch.eye(4))})
+    gland = on_cube(MetaTensor((image > 0.5).float(), affine=torch.eye(4)), found["gland"].affine)
+    both = ((gland[0] > 0.5) & (found["gland"] > 0.5)).sum()
+    assert 2 * both / ((gland > 0.5).sum() + (found["gland"] > 0.5).sum()) > 0.7
+    confidence = found["confidence"]
+    assert (confidence["orientation"] > 0) == (way > 0)
+    mended = torch.from_numpy(declared(np.eye(4), image.shape[1:], confidence["axes"]))
+    again = SegmentGlandsd(KnowsTheWay(), str(tmp_path / "knows.pt"))({"image": MetaTensor(image, affine=mended)})
+    assert again["confidence"]["orientation"] < 0 and again["confidence"]["axes"] == confidence["axes"]
 
 
 def test_several_networks_find_the_mean_of_their_probabilities(tmp_path):
@@ -289,9 +295,9 @@ def test_several_networks_find_the_mean_of_their_probabilities(tmp_path):
     volume = ellipsoid((32, 32, 32), turned((1, 1, 1), 0.0), (15, 16, 15), (8, 9, 7))
     both({"moving_image": volume, "fixed_image": volume})
     for network in both.networks:
-        found.append(augmented_predictions([network], cube)[0].mean(0))
+        found.append(look([network], cube)[0].mean(0))
     assert not torch.allclose(*found)
-    assert torch.allclose(augmented_predictions(both.networks, cube)[0].mean(0), sum(found) / 2, atol=1e-6)
+    assert torch.allclose(look(both.networks, cube)[0].mean(0), sum(found) / 2, atol=1e-6)
 
 
 def test_an_image_without_a_gland_is_refused_by_name(weights):
@@ -305,7 +311,7 @@ def test_an_image_without_a_gland_is_refused_by_name(weights):
 
 def test_a_gland_of_one_voxel_is_no_crash(tmp_path):
     class Brightest(Bright):
-        def forward(self, x):
+        def gland(self, x):
             return self.gain * (2.0 * (x == x.amax((2, 3, 4), keepdim=True)) - 1)
 
     torch.save(Brightest().state_dict(), tmp_path / "segmentation.pt")
@@ -314,7 +320,7 @@ def test_a_gland_of_one_voxel_is_no_crash(tmp_path):
         {"moving_image": volume, "fixed_image": volume}
     )
     confidence = found["fixed_confidence"]
-    assert (found["fixed_gland"] > 0.5).sum() == 1 and all(np.isfinite(value) for value in confidence.values())
+    assert (found["fixed_gland"] > 0.5).sum() == 1 and all(np.isfinite(v) for k, v in confidence.items() if k != "axes")
 
 
 def test_the_glands_become_channels_of_the_networks_input_on_the_fixed_grid(weights):
@@ -376,65 +382,84 @@ def test_a_cube_of_a_fine_volume_holds_means_not_samples():
     affine = turned((0.25, 0.25, 0.25), 0.0)
     board = torch.arange(256).view(-1, 1, 1) % 2 * torch.ones(1, 256, 256)  # every second plane
     volume = MetaTensor(board[None], affine=affine)
-    cube = on_cube(volume, cube_affine(*frame(volume)))
-    assert cube.shape == (1, 1, SIDE, SIDE, SIDE)
+    cube = on_cube(volume, cube_affine(*frame(volume), WHOLE), WHOLE)
+    assert cube.shape == (1, 1, WHOLE, WHOLE, WHOLE)
     assert torch.allclose(cube, torch.full_like(cube, 0.5), atol=1e-6)
 
 
-def planned(simulated=False):
+def single(case="a", group="one"):
+    """A volume that is its own gland."""
+    gland = ellipsoid((40, 36, 30), turned((1, 1, 1), 0.1), (20, 16, 14), (11, 9, 8))
+    return {"case": case, "group": group, "image": gland, "label": torch.cat([gland, torch.zeros_like(gland)])}
+
+
+def phantom():
     """A pair whose images are their own glands."""
-    pair = {"case": "a", "simulated": simulated}
+    pair = {"case": "a"}
     for side, shift in (("moving", 3), ("fixed", -2)):
         gland = ellipsoid((40, 36, 30), turned((1, 1, 1), 0.1), (18 + shift, 16, 14), (11, 9, 8))
         pair |= {f"{side}_image": gland, f"{side}_label": torch.cat([gland, torch.zeros_like(gland)])}
     return pair
 
 
-def test_without_augmentation_cubes_are_the_whole_volumes_moving_and_fixed_in_turn():
-    pair = planned()
-    (batch,) = GlandLoader([pair], 4, 1, "cpu", augmentation=0)
-    assert batch["image"].shape == batch["label"].shape == (4, 1, SIDE, SIDE, SIDE)
-    for i, side in enumerate(("moving", "fixed", "moving", "fixed")):
-        volume = pair[f"{side}_image"]
-        assert torch.equal(batch["label"][i : i + 1], on_cube(volume, cube_affine(*frame(volume))))
+def test_without_augmentation_cubes_are_the_whole_volume_or_close_to_the_gland():
+    item, met = single(), set()
+    volume = item["image"]
+    centre, turned_axes, length = frame(volume)
+    near = close_up(volume)
+    looks = ((WHOLE, (centre, turned_axes, length)), (WHOLE, (near[0], turned_axes, near[1])))
+    looks += ((SIDE, (near[0], turned_axes, near[1])),)
+    wanted = [on_cube(volume, cube_affine(*place, side), side)[0] for side, place in looks]
+    for batch in GlandLoader([item], 2, 20, "cpu", augmentation=0):
+        assert batch["image"].shape == batch["label"].shape and (batch["orientation"] == 0).all()
+        for label in batch["label"]:
+            same = [one.shape == label.shape and torch.allclose(one, label, atol=1e-5) for one in wanted]
+            met.add(same.index(True))
+    assert met == {0, 1, 2}
 
 
-def test_a_pair_without_a_gland_is_refused_by_name():
-    pair = planned()
-    pair["fixed_label"] = pair["fixed_label"].flip(0)
-    with pytest.raises(InputError, match="a: label 0, the gland, is empty in the fixed image"):
-        GlandLoader([pair], 2, 1, "cpu")
+def test_an_image_without_a_gland_is_refused_by_its_case():
+    item = single()
+    item["label"] = item["label"].flip(0)
+    with pytest.raises(InputError, match="a: label 0, the gland, is empty"):
+        GlandLoader([item], 2, 1, "cpu")
 
 
-@pytest.mark.parametrize("simulated", [False, True])
-def test_augmentation_moves_image_and_gland_alike(simulated):
-    for batch in GlandLoader([planned(simulated)], 4, 5, "cpu", seed=1):
+@pytest.mark.parametrize("items", [{"dataset": [single()]}, {"dataset": [], "simulated": [phantom()] * 9, "pool": 1}])
+def test_augmentation_moves_image_and_gland_alike(items):
+    for batch in GlandLoader(**items, batch_size=4, epoch_length=5, device="cpu", seed=1, misoriented_share=0.5):
         for image, label in zip(batch["image"], batch["label"], strict=True):
             assert abs(torch.corrcoef(torch.stack([image.flatten(), label.flatten()]))[0, 1]) > 0.6
 
 
-@pytest.mark.parametrize(("left_right", "front_back"), [(0, 1), (1, 0)])
-def test_a_misoriented_cube_is_upside_down_or_back_to_front_and_never_another_mirror(left_right, front_back):
+def test_cubes_are_stored_in_every_way_and_say_in_which():
     noise = MetaTensor(torch.rand((1, 9, 9, 9), generator=torch.Generator().manual_seed(0)), affine=torch.eye(4))
-    pair = planned() | {"moving_image": noise, "fixed_image": noise}
-    pair |= {f"{side}_label": (noise > 0.5).float() for side in ("moving", "fixed")}
-    (right,) = GlandLoader([pair], 1, 1, "cpu", augmentation=0)
-    assert right["label"].any()
-    ways = [right["image"].flip([2 + axis for axis in axes]) for axes in ([2], [front_back], [2, front_back])]
+    item = {"case": "a", "group": "one", "image": noise, "label": (noise > 0.5).float()}
+    settings = {"batch_size": 2, "epoch_length": 60, "device": "cpu", "augmentation": 0}
+    plain = {b["image"].shape: b["label"][:1] for b in GlandLoader([item], **settings) if b["image"].shape[-1] == WHOLE}
     met = set()
-    for batch in GlandLoader([pair], 1, 30, "cpu", augmentation=0, left_right=left_right, misoriented_share=1):
-        (way,) = [i for i, way in enumerate(ways) if torch.allclose(way, batch["image"], atol=1e-5)]
-        assert not batch["label"].any()
-        met.add(way)
-    assert met == {0, 1, 2}
-    some = GlandLoader([pair], 4, 40, "cpu", misoriented_share=0.25)
-    assert 0.65 < np.mean([batch["label"].flatten(1).any(1).float().mean() for batch in some]) < 0.85
+    for batch in GlandLoader([item], misoriented_share=1, **settings):
+        for label, way in zip(batch["label"], batch["orientation"].tolist(), strict=True):
+            met.add(way)
+            if label.shape[-1] == WHOLE:
+                found = upright(label, way)
+                assert any(torch.allclose(found, one[0], atol=1e-5) for one in plain.values()) or label.any()
+    assert met == set(range(8))
+    some = GlandLoader([item], 4, 60, "cpu", misoriented_share=0.25)
+    assert 0.12 < np.mean([(batch["orientation"] > 0).float().mean() for batch in some]) < 0.32  # 0.25 × 7/8
+
+
+def test_groups_are_drawn_by_the_square_root_of_their_size():
+    items = [single(f"many{k}", "many") for k in range(9)] + [single("few", "few")]
+    drawn = [case for batch in GlandLoader(items, 40, 5, "cpu", augmentation=0) for case in batch["case"]]
+    assert 0.15 < np.mean([case == "few" for case in drawn]) < 0.35
 
 
 def test_the_same_seed_gives_the_same_batches():
-    loaders = [GlandLoader([planned()], 2, 3, "cpu", seed=5) for _ in range(2)]
+    loaders = [GlandLoader([single()], 2, 3, "cpu", seed=5, misoriented_share=0.5) for _ in range(2)]
     for one, two in zip(*loaders, strict=True):
         assert torch.equal(one["image"], two["image"]) and torch.equal(one["label"], two["label"])
+        assert torch.equal(one["orientation"], two["orientation"])
 
 
 class Shifted(torch.utils.data.Dataset):
@@ -444,16 +469,15 @@ class Shifted(torch.utils.data.Dataset):
         return 2**31
 
     def __getitem__(self, index):
-        return planned(simulated=True) | {"case": f"phantom{index}"}
+        return phantom() | {"case": f"phantom{index}"}
 
 
 def test_simulated_pairs_are_renewed_and_drawn_with_their_share():
-    loader = GlandLoader([planned()], 8, 3 * RENEWAL + 1, "cpu", simulated=Shifted(), share=0.5, pool=3)
+    loader = GlandLoader([single("real")], 8, 3 * RENEWAL + 1, "cpu", simulated=Shifted(), share=0.5, pool=3)
     before = list(loader.pool.phantoms)
-    list(loader)
+    draws = [case for batch in loader for case in batch["case"]]
     assert loader.pool.made == 6 and not any(p is q for p in loader.pool.phantoms for q in before)
-    draws = [loader.pool.draw(loader.random)["simulated"] for _ in range(400)]
-    assert 0.4 < np.mean(draws) < 0.6
+    assert 0.3 < np.mean([case != "real" for case in draws]) < 0.7
     assert GlandLoader([], 2, 1, "cpu", simulated=Shifted(), share=0.1, pool=1).pool.share == 1
     with pytest.raises(InputError, match="no pair"):
         GlandLoader([], 2, 1, "cpu")
@@ -484,7 +508,7 @@ def pair_of(spacing):
 def test_a_grid_measured_by_the_gland_does_not_depend_on_the_voxel_size_in_the_headers(weights):
     plan = OntoFixedGridd("gland", "learned")
     fine, coarse = (plan(SegmentGlandsd(Bright(), weights)(pair_of(spacing))) for spacing in (0.4, 1.6))
-    assert fine["image"].shape == (4, SIDE, SIDE, SIDE)
+    assert fine["image"].shape == (4, GRID, GRID, GRID)
     torch.testing.assert_close(fine["image"], coarse["image"], rtol=0, atol=1e-4)
     torch.testing.assert_close(fine["spacing"], coarse["spacing"])
     assert 0.05 < fine["fixed_label"].mean() < 0.3  # the gland is in the cube, and in it whole
