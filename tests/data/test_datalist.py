@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scripts.data.checks import InputError
-from scripts.data.datalist import FOLDERS, KEYS, case_name, datalist, folds
+from scripts.data.datalist import FOLDERS, KEYS, SINGLE_FOLDERS, SINGLES, case_name, datalist, folds, single_images
 from scripts.phantoms.phantom import write_cohort
 
 
@@ -268,3 +268,61 @@ def test_a_case_named_twice_in_a_json_is_refused(tmp_path):
         tmp_path / "datalist.json", training=[item(tmp_path, "a", case="x"), item(tmp_path, "b", case="x")]
     )
     refused(f"{path}: more than one pair is called case x", path, "train")
+
+
+# ---- single images
+
+
+def test_single_images_are_two_folders_or_the_keys_of_a_json(tmp_path):
+    layout(tmp_path / "mr", names=SINGLE_FOLDERS)
+    found = single_images(str(tmp_path / "mr"), "train")
+    assert found[0] == {
+        "case": "a",
+        "patient": "a",
+        "image": str(tmp_path / "mr/images/a.nii.gz"),
+        "label": str(tmp_path / "mr/labels/a.nii.gz"),
+        "group": str(tmp_path / "mr"),
+    }
+    item = {"image": "images/b.nii.gz", "label": "labels/b.nii.gz", "axes": "LPS", "case": "x"}
+    (tmp_path / "mr/list.json").write_text(json.dumps({"training": [item]}))
+    (found,) = single_images(str(tmp_path / "mr/list.json"), "train", axes="PRS")
+    assert found["case"] == "x" and found["axes"] == "LPS" and found["label"].endswith("labels/b.nii.gz")
+    (tmp_path / "mr/list.json").write_text(json.dumps({"training": [{"image": "images/b.nii.gz"}]}))
+    with pytest.raises(InputError, match="train item 0 lacks label; an image needs image, label"):
+        single_images(str(tmp_path / "mr/list.json"), "train")
+    assert single_images(str(tmp_path / "mr/list.json"), "train", labels=False)
+
+
+def test_a_mixture_of_data_sets_holds_single_images_and_both_sides_of_pairs(tmp_path):
+    mr, pairs = str(layout(tmp_path / "mr", names=SINGLE_FOLDERS)), str(layout(tmp_path / "pairs"))
+    found = single_images([mr, pairs], "train", axes=[None, "PRS"])
+    assert [item["group"] for item in found] == [mr] * 2 + [f"{pairs} moving", f"{pairs} fixed"] * 2
+    assert [item.get("axes") for item in found] == [None] * 2 + ["PRS"] * 4
+    assert {key for item in found for key in item} == {"case", "patient", "image", "label", "group", "axes"}
+    assert found[3]["image"].endswith("fixed_images/a.nii.gz") and found[3]["label"].endswith("fixed_labels/a.nii.gz")
+    unsaid = [{k: v for k, v in item.items() if k != "axes"} for item in found]
+    assert single_images(f"{mr},{pairs}", "train") == unsaid
+    assert single_images(None, "train") == []
+    with pytest.raises(InputError, match="1 for 2 data sets"):
+        single_images([mr, pairs], "train", axes=["PRS"])
+
+
+def test_folds_of_single_images_are_by_patient_in_each_data_set(tmp_path):
+    layout(tmp_path / "mr", [f"p{p}_{k}.nii" for p in range(4) for k in range(2)], SINGLE_FOLDERS)
+    options = {"fold_count": 4, "patient_pattern": "(p[0-9])_", "axes": None}
+    held = [single_images(str(tmp_path / "mr"), "test", fold=k, **options) for k in range(4)]
+    assert sorted(i["case"] for fold in held for i in fold) == [f"p{p}_{k}" for p in range(4) for k in range(2)]
+    for k, fold in enumerate(held):
+        rest = single_images(str(tmp_path / "mr"), "train", fold=k, **options)
+        assert len({i["patient"] for i in fold}) == 1 and not {i["patient"] for i in fold} & {
+            i["patient"] for i in rest
+        }
+
+
+def test_a_folder_of_single_images_is_not_read_as_pairs_nor_the_other_way_round(tmp_path):
+    layout(tmp_path / "mr", names=SINGLE_FOLDERS)
+    layout(tmp_path / "pairs")
+    with pytest.raises(InputError, match="expected the sub-folders moving_images"):
+        datalist(tmp_path / "mr", "train")
+    with pytest.raises(InputError, match="expected the sub-folders images, labels"):
+        datalist(tmp_path / "pairs", "train", layout=SINGLES)
