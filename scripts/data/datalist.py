@@ -140,9 +140,8 @@ def _items_in_json(path: Path, labels: bool, layout: Layout) -> dict[str, list[d
             known = item if isinstance(item, dict) else {}
             missing = [k for k in (layout.keys if labels else layout.images) if not isinstance(known.get(k), str)]
             if missing:
-                needs = f"{layout.item} needs {', '.join(layout.keys)}"
                 raise InputError(
-                    f"{path}: {split} item {i} lacks {missing[0]}; {'an' * (needs[0] == 'i') or 'a'} {needs}"
+                    f"{path}: {split} item {i} lacks {missing[0]}; {layout.item} needs {', '.join(layout.keys)}"
                 )
             pair = {k: str(path.parent / item[k]) for k in (*layout.keys, TRUTH) if isinstance(item.get(k), str)}
             absent = next((p for p in pair.values() if not Path(p).exists()), None)
