@@ -114,7 +114,7 @@ def segment(
     Raises:
         InputError: see `register`.
     """
-    from scripts.data.dicom import holds_slices
+    from scripts.data.dicom.reader import holds_slices
 
     for name in (*OWN, "output_dir"):
         if name in settings:

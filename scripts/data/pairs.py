@@ -88,8 +88,6 @@ class LoadPaird(Transform):
             label files hold one binary map per channel.
         moving_spacing, fixed_spacing: voxel size (x, y, z) in mm of images, and their labels, that state none.
         moving_series, fixed_series: which of several volumes of a file or folder, see `scripts.data.dicom.series`.
-            A pair's own settings of these names go before all four.
-        moving_series, fixed_series: which of several volumes of a file or folder, see `scripts.data.dicom_series`.
         moving_axes, fixed_axes: directions of the voxel axes where a header does not tell the truth, see
             `scripts.data.axes`: the image and its label lie as declared, and `moving_header`, `fixed_header` (4, 4)
             are the affines that their headers say. A pair's own settings of these names go before all six.
