@@ -30,7 +30,7 @@ joined = $(subst $(eval) ,$(comma),$(strip $(1)))
 CROSSVAL = $(BIN)/python -m scripts crossval --cores_per_fold 1
 
 experiments: .venv/installed-test  ## every experiment of docs/experiments.md, two to three hours each; PAIRS is label-reg's sample
-	$(CROSSVAL) --dataset_dir $(PAIRS) --folds 4 --left_right 1 --base real_pairs_cpu+experiments_real \
+	$(CROSSVAL) --dataset_dir $(PAIRS) --folds 4 --moving_axes PRS --fixed_axes PRS --base real_pairs_cpu+experiments_real \
 		--variants $(call joined,$(NETWORKS) segmentation+fine_tune $(PAIRWISE)) --output_dir runs/experiments_real
 	$(BIN)/python -m scripts report runs/experiments_real
 	test -d runs/paper_cohort || $(BIN)/python -m scripts phantom --like_paper --seed 1 --output_dir runs/paper_cohort

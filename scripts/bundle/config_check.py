@@ -68,10 +68,10 @@ BARRED = {
 SCRIPTS = {  # modules of this bundle made for configs; the others run configs, start processes or replace folders
     *("network.networks", "network.losses", "network.pyramid", "network.wrapped", "network.segmentation"),
     *("data.checks", "data.datalist", "data.gate", "data.pairs", "data.renamed", "data.weights"),
-    *("registration.transforms", "registration.segmentation", "registration.refine", "registration.pairwise"),
-    *("registration.outputs", "registration.precision", "registration.progress", "study.evaluation"),
-    *("training.checkpoints", "training.cohort", "training.distributed", "training.engine", "training.failures"),
-    *("training.gland_cubes", "bundle.settings"),
+    *("registration.transforms", "registration.segmentation", "registration.segment", "registration.refine"),
+    *("registration.pairwise", "registration.outputs", "registration.precision", "registration.progress"),
+    *("study.evaluation", "training.checkpoints", "training.cohort", "training.distributed", "training.engine"),
+    *("training.failures", "training.gland_cubes", "bundle.settings"),
 }
 LOCATED = ("reader", "writer", "merger_cls")  # arguments whose text MONAI looks up and calls as it does `_target_`
 PATCHED = "changes what another config calls, with arguments that are not seen here"

@@ -14,7 +14,7 @@ from scripts.data.root import ROOT
 
 NAME = "prostate_mr_trus_registration"
 FOLDERS = ("configs", "docs", "models", "scripts")
-FILES = ("LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff", "metadata.json", "requirements.txt")
+FILES = ("LICENSE", "NOTICE", "README.md", "CHANGELOG.md", "CITATION.cff", "metadata.json", "requirements.txt")
 LARGEST = 25 * 2**20  # bytes of a file, the zoo's limit
 DATE = (1980, 1, 1, 0, 0, 0)  # the earliest a zip knows: when it was packed does not matter
 

@@ -255,6 +255,8 @@ def single_images(
     dataset_dir: str | Sequence[str] | None,
     split: str,
     axes: str | Sequence[str | None] | None = None,
+    moving_axes: str | None = None,
+    fixed_axes: str | None = None,
     **options,
 ) -> list[dict[str, str]]:
     """The single images of one split of one or several data sets; a pair of a data set of pairs is two of them.
@@ -266,6 +268,7 @@ def single_images(
         split, options: of `datalist`.
         axes: directions of the voxel axes, see `scripts.data.axes`, of all data sets, or of each; None for those of
             the headers. What a datalist JSON says of an image goes before.
+        moving_axes, fixed_axes: those of the two sides of pairs where `axes` says nothing.
 
     Raises:
         InputError: as of `datalist`; another number of axes than of data sets.
@@ -281,12 +284,13 @@ def single_images(
         )
     for root, letters in zip(roots, told, strict=True):
         layout = layout_of(Path(root))
-        known = {} if letters is None else {"axes": letters}
         for item in datalist(root, split, layout=layout, **options):
             if layout is SINGLES:
+                known = {} if letters is None else {"axes": letters}
                 found.append(known | item | {"group": str(root)})
                 continue
-            for side in ("moving", "fixed"):
+            for side, told_of_side in (("moving", moving_axes), ("fixed", fixed_axes)):
+                known = {"axes": letters or told_of_side} if letters or told_of_side else {}
                 own = {k.removeprefix(f"{side}_"): v for k, v in item.items() if k.startswith(f"{side}_")}
                 found.append(known | own | {k: item[k] for k in ("case", "patient")} | {"group": f"{root} {side}"})
     return found

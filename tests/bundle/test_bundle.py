@@ -14,7 +14,7 @@ from conftest import QUICK, ROOT, TINY, flags, logged, run
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 
 from scripts.data.datalist import KEYS
-from scripts.network.segmentation import gland_network
+from scripts.network.segmentation import GlandNetwork
 from scripts.study.plan import merged
 
 CONFIGS = ROOT / "configs"
@@ -81,8 +81,8 @@ def test_the_learned_start_trains_from_the_command_line_and_registers_alone(coho
 def test_training_with_a_learned_start_sees_the_glands_and_fine_tuning_starts_where_the_weights_left_off(
     two_pairs, tmp_path
 ):
-    network = gland_network()
-    torch.nn.init.constant_(network[2].conv_block.bias, 5.0)  # everything is gland
+    network = GlandNetwork()
+    torch.nn.init.constant_(network.unfold.conv_block.bias, 5.0)  # everything is gland
     torch.save(network.state_dict(), tmp_path / "segmentation.pt")
     settings = QUICK | {"dataset_dir": two_pairs, "batch_size": 1}
     settings |= {"output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)}

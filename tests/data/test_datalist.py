@@ -298,6 +298,8 @@ def test_a_mixture_of_data_sets_holds_single_images_and_both_sides_of_pairs(tmp_
     found = single_images([mr, pairs], "train", axes=[None, "PRS"])
     assert [item["group"] for item in found] == [mr] * 2 + [f"{pairs} moving", f"{pairs} fixed"] * 2
     assert [item.get("axes") for item in found] == [None] * 2 + ["PRS"] * 4
+    sides = single_images([mr, pairs], "train", moving_axes="LPS", fixed_axes="PRS")
+    assert [item.get("axes") for item in sides] == [None] * 2 + ["LPS", "PRS"] * 2
     assert {key for item in found for key in item} == {"case", "patient", "image", "label", "group", "axes"}
     assert found[3]["image"].endswith("fixed_images/a.nii.gz") and found[3]["label"].endswith("fixed_labels/a.nii.gz")
     unsaid = [{k: v for k, v in item.items() if k != "axes"} for item in found]

@@ -44,8 +44,8 @@ def test_an_old_setting_that_an_overlay_overrules_is_refused_not_ignored(capsys)
 def test_the_old_overlays_and_limits_work_and_the_old_record_has_its_names(capsys):
     assert [path.resolve().name for path in overlays_of("start+fine_tune")] == ["segmentation.yaml", "fine_tune.yaml"]
     limits = {"wrong_way": [None, 0.2]}
-    (flag,) = qc.flags({"moving_orientation": 0.5}, limits)
-    assert "upside down" in flag and "orientation" in capsys.readouterr().err
+    (flag,) = qc.flags({"moving_orientation": 0.5, "moving_axes": "LPI"}, limits)
+    assert "axes LPI" in flag and "orientation" in capsys.readouterr().err
     record = {new: 0.1 for new in FIGURES.values()} | {"case": "a", "limits": {"orientation": [None, 0.2]}}
     assert former(record) == {old: 0.1 for old in FIGURES} | {"case": "a", "limits": limits}
 
