@@ -233,6 +233,9 @@ class SegmentGlandsd(Transform):
     def find(self, volume: MetaTensor) -> tuple[MetaTensor, dict[str, Any]] | None:
         """The gland of a volume (1, X, Y, Z) and the confidence in it; None without one.
 
+        It is found in the whole volume, then in its surroundings, then in these on a finer grid. In the first pass the
+        networks are asked which way round the volume is stored.
+
         The confidence: `agreement` of the last pass (see there); `blur`, Σ p(1 − p) over the voxels of the gland;
         `drift`, how far the last pass moved its centre, in lengths of its cube; `growth`, its length over the one
         before; `cut_percent`; `orientation`, how much likelier, in logarithms, the likeliest other way is in which the
@@ -242,12 +245,12 @@ class SegmentGlandsd(Transform):
         centre, axes, length = frame(volume)
         image = volume.as_tensor().cpu()
         dark = MetaTensor(image - image.min(), affine=volume.affine.cpu())  # nothing is darker than what is outside
-        said, way = [], None
+        believed, way = None, None
         for side in (WHOLE, WHOLE, SIDE):
             affine = cube_affine(centre, axes, length, side)
             cube = standardised(on_cube(dark, affine, side)).to(self.device)
-            predictions, votes_cast, way = look(self.networks, cube, way if len(said) == 2 else None)
-            said += [] if votes_cast is None else [votes_cast]
+            predictions, said, way = look(self.networks, cube, way)
+            believed = said if believed is None else believed
             mean = predictions.mean(0)[0].cpu()
             probability = largest_component(mean)
             if not probability.any():
@@ -255,7 +258,6 @@ class SegmentGlandsd(Transform):
             gland = MetaTensor(probability[None], affine=affine)
             (before, first), (centre, length) = (centre, length), close_up(gland)
         inside = on_cube(MetaTensor(torch.ones_like(image), affine=volume.affine.cpu()), affine)[0, 0]
-        believed = torch.stack(said).sum(0).log_softmax(0)
         return gland, {
             "agreement": agreement(predictions.cpu()),
             "blur": ((mean * (1 - mean)).sum() / (probability > 0.5).sum()).item(),
@@ -263,5 +265,5 @@ class SegmentGlandsd(Transform):
             "growth": length / first,
             "cut_percent": cut_percent(probability, inside),
             "orientation": (believed[1:].max() - believed[0]).item(),
-            "axes": codes(volume.affine.numpy(), int(believed.argmax())),
+            "axes": codes(volume.affine.numpy(), way),
         }
