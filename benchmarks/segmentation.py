@@ -3,8 +3,8 @@
     python benchmarks/segmentation.py --dataset_dir mr,pairs --axes None,PRS --folds 5 --output_dir runs/glands \\
         --initial_weights models/start_phantoms.pt --iterations 1000 --phantom_share 0.25
 
-trains configs/segmentation.yaml once per fold and seed, what follows being its settings, and finds the glands of the
-fold's other images. Run again it goes on: what is trained stays, an interrupted training is resumed. `--weights A,B`
+trains configs/segmentation.yaml once per fold and seed, what follows being its settings ("{fold}" and "{seed}" in them
+become the numbers), and finds the glands of the fold's other images. Run again it goes on: what is trained stays, an interrupted training is resumed. `--weights A,B`
 instead of folds: the images of the data sets, by weights that have not seen them. `--ways` stores each image in all
 eight ways first. Writes cases.csv, one row an image and way, and prints a table.
 """
@@ -50,7 +50,8 @@ def trained(arguments: argparse.Namespace, settings: list[str], fold: int, seed:
         command += ["--dataset_dir", str([str(Path(p).absolute()) for p in arguments.dataset_dir]), "--axes", axes]
         command += ["--fold", str(fold), "--fold_count", str(arguments.folds), "--seed", str(seed)]
         resume = any(folder.glob("checkpoint_epoch=*.pt"))
-        subprocess.run([*command, "--resume", str(resume), *settings], cwd=ROOT, check=True)
+        own = [word.replace("{fold}", str(fold)).replace("{seed}", str(seed)) for word in settings]
+        subprocess.run([*command, "--resume", str(resume), *own], cwd=ROOT, check=True)
     return weights
 
 
