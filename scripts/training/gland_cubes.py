@@ -102,7 +102,7 @@ class GlandLoader(CohortLoader):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for _ in range(self.epoch_length):
-            near, side = ((False, WHOLE), (True, WHOLE), (True, SIDE))[self.random.choice(3, p=(0.4, 0.3, 0.3))]
+            near, side = ((False, WHOLE), (True, WHOLE), (True, SIDE))[self.random.choice(3, p=(0.25, 0.35, 0.4))]
             cases, drawn = zip(*[self._draw(near) for _ in range(self.batch_size)], strict=True)
             noise = torch.randn((self.batch_size, 1, *[side] * 3), generator=self.noise, device=self.device)
             self.pool.renew()
