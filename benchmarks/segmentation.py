@@ -4,9 +4,10 @@
         --initial_weights models/start_phantoms.pt --iterations 1000 --phantom_share 0.25
 
 trains configs/segmentation.yaml once per fold and seed, what follows being its settings ("{fold}" and "{seed}" in them
-become the numbers), and finds the glands of the fold's other images. Run again it goes on: what is trained stays, an interrupted training is resumed. `--weights A,B`
-instead of folds: the images of the data sets, by weights that have not seen them. `--ways` stores each image in all
-eight ways first. Writes cases.csv, one row an image and way, and prints a table.
+become the numbers), and finds the glands of the fold's other images. Run again it goes on: what is trained stays, an
+interrupted training is resumed. `--weights A,B` instead of folds: the images of the data sets, by weights that have not
+seen them. `--ways` stores each image in all eight ways first; `--pushed` changes each as benchmarks/confidence.py does,
+so that glands are missed. Writes cases.csv, one row an image and way or change, and prints a table.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from benchmarks.confidence import KINDS  # noqa: E402
 from scripts.data.axes import declared  # noqa: E402
 from scripts.data.checks import InputError  # noqa: E402
 from scripts.data.datalist import single_images  # noqa: E402
@@ -93,13 +95,18 @@ def rows(arguments: argparse.Namespace, settings: list[str]) -> Iterator[dict[st
         for item in tqdm(items, desc=f"fold {fold}, seed {seed}", unit="image"):
             d = load(item)
             true = d["image"].affine.numpy()
+            row = {"group": Path(item["group"]).name, "case": item["case"], "fold": fold, "seed": seed}
             for way in range(8) if arguments.ways else (0,):
                 axes = codes(true, way)  # stored so under a header that says what it says now
                 lying = torch.from_numpy(declared(true, d["image"].shape[1:], axes))
                 shown = d | {k: MetaTensor(d[k].as_tensor(), affine=lying) for k in ("image", "label")}
-                row = {"group": Path(item["group"]).name, "case": item["case"], "fold": fold, "seed": seed, "way": way}
                 result = found(segment, shown, limits)
-                yield row | result | {"right_way": result["axes"] == codes(true, 0)}
+                yield row | {"shown": way} | result | {"right_way": result["axes"] == codes(true, 0)}
+            for kind in KINDS if arguments.pushed else ():
+                pushed = KINDS[kind](d["image"][0].numpy(), np.random.default_rng(0))[None].astype(np.float32)
+                shown = d | {"image": MetaTensor(torch.from_numpy(pushed.copy()), affine=d["image"].affine)}
+                result = found(segment, shown, limits)
+                yield row | {"group": "pushed", "shown": kind, "right_way": None} | result
 
 
 def interval(values: list[float], seed: int = 0) -> str:
@@ -118,6 +125,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--weights", type=listed, help="files, instead of folds")
     parser.add_argument("--ways", action="store_true", help="store each image in all eight ways")
+    parser.add_argument("--pushed", action="store_true", help="also with each image changed so that glands are missed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments, settings = parser.parse_known_args()
     from monai.bundle import ConfigParser
@@ -135,8 +143,8 @@ def main() -> None:
         own = [row for row in table if row["group"] == group]
         low, high = ([r for r in own if test(r["dice"])] for test in (lambda d: d < LOW, lambda d: d > HIGH))
         flagged = [f"{sum(bool(r['flags']) for r in part)} of {len(part)}" for part in (low, high)]
-        right = f"{sum(r['right_way'] for r in own)} of {len(own)}"
-        print(f"{group}, {len(own)}: {interval([r['dice'] for r in own])}; {', '.join(flagged)}; {right}")
+        right = f"; {sum(r['right_way'] for r in own)} of {len(own)}" if group != "pushed" else ""
+        print(f"{group}, {len(own)}: {interval([r['dice'] for r in own])}; {', '.join(flagged)}{right}")
 
 
 if __name__ == "__main__":
