@@ -108,5 +108,7 @@ class SaveWeights:
         engine.add_event_handler(Events.COMPLETED, self._save)
 
     def _save(self) -> None:
+        state = self.network.state_dict()
+        once = {v.data_ptr(): v.cpu().contiguous() for v in state.values()}  # what a network shares is stored once
         with written_whole(self.path, "wb") as file:
-            torch.save({k: v.cpu().contiguous() for k, v in self.network.state_dict().items()}, file)
+            torch.save({k: once[v.data_ptr()] for k, v in state.items()}, file)

@@ -1,4 +1,4 @@
-"""The learning rate over a run."""
+"""The learning rate over a run, and the weights at its end."""
 
 import math
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from scripts.training.engine import LearningRate
+from scripts.network.segmentation import GlandNetwork
+from scripts.training.engine import LearningRate, SaveWeights
 
 
 def test_the_learning_rate_falls_along_half_a_cosine_wherever_the_run_starts():
@@ -32,3 +33,13 @@ def test_the_learning_rate_rises_in_equal_parts_and_then_is_as_without_a_warm_up
     shares = [0.25, 0.5, 0.75] + 7 * [1]
     assert seen[4] == pytest.approx([share * rate for share, rate in zip(shares, seen[0], strict=True)], rel=1e-12)
     assert decay or seen[0] == 10 * [0.5]
+
+
+def test_weights_are_stored_once_where_a_network_shares_them(tmp_path):
+    network, path = GlandNetwork(), tmp_path / "segmentation.pt"
+    trainer = Engine(lambda engine, batch: None)
+    SaveWeights(str(path), network).attach(trainer)
+    trainer.run([0], max_epochs=1)
+    stored = torch.load(path, weights_only=True)
+    assert all(torch.equal(stored[name], value) for name, value in network.state_dict().items())
+    assert path.stat().st_size < 4.1 * sum(p.numel() for p in network.parameters()) + 1e5
