@@ -48,8 +48,8 @@ def test_it_holds_regular_files_below_one_folder_each_with_its_hash(archive):
         assert {f"{NAME}/{name}" for name in sums} == set(names) - {f"{NAME}/{SUMS}"}
         for name, digest in sums.items():
             assert hashlib.sha256(found.read(f"{NAME}/{name}")).hexdigest() == digest
-    wanted = ("LICENSE", "NOTICE", "configs/metadata.json", "configs/inference.json", "models/model.pt", "docs/data_license.txt")
-    assert {*wanted, "docs/README.md", "metadata.json"} <= set(sums)
+    wanted = ("LICENSE", "NOTICE", "configs/metadata.json", "configs/inference.json", "models/model.pt")
+    assert {*wanted, "docs/README.md", "docs/data_license.txt", "metadata.json"} <= set(sums)
     assert not any("__pycache__" in name or name.endswith(".ts") for name in sums)
 
 
