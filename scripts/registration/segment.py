@@ -84,7 +84,7 @@ class SegmentImages:
                 continue
             record = save_gland(self.output_dir, item, self.provenance, self.limits, self.probability, self.modality)
             told = [f"{item['case']}: {record['volume_ml']:.0f} mL"]
-            told += [f"Dice {record['dice']:.3f}"] * ("dice" in record)
+            told += [f"Dice {record['dice']:.3f}"] if "dice" in record else []
             tqdm.write("; ".join([*told, *(f"CHECK: {flag}" for flag in record["flags"])]))
             rows.append({k: record.get(k) for k in COLUMNS} | {"flags": "; ".join(record["flags"])})
         if count > 1:
@@ -179,7 +179,7 @@ def _draw(path: Path, item: Mapping[str, Any], found: torch.Tensor, record: Mapp
     shown = [reorient(MetaTensor(volume, affine=affine)) for volume in volumes]
     flags = [f"CHECK: {flag.split(' (')[0]}" for flag in record["flags"]]
     facts = [*flags[:2], f"{record['case']}: {record['volume_ml']:.0f} mL, {record['modality']}"]
-    facts += [f"Dice {record['dice']:.3f}"] * ("dice" in record)
+    facts += [f"Dice {record['dice']:.3f}"] if "dice" in record else []
     arrays = [one[0].numpy() for one in shown]
     spacing = shown[0].affine[:3, :3].norm(dim=0).tolist()
     figures.gland_found(path, arrays[0], arrays[1], spacing, facts, arrays[2] if len(arrays) > 2 else None)

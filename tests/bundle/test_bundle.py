@@ -19,7 +19,7 @@ from scripts.study.plan import merged
 
 CONFIGS = ROOT / "configs"
 # the last needs elastix
-REGISTER_ONLY = {"initial_transform_only.yaml", "segmentation_weights.yaml", "variant_rigid.yaml"}
+REGISTER_ONLY = {"initial_transform_only.yaml", "segment.yaml", "segmentation_weights.yaml", "variant_rigid.yaml"}
 OVERLAYS = [path for path in CONFIGS.glob("*.yaml") if not path.is_symlink()]  # a link is an old name of another
 OVERLAYS = sorted({p.name for p in OVERLAYS if merged([p]).get("iterations") != 0} - REGISTER_ONLY)
 

@@ -1,8 +1,8 @@
 """The commands of the README and the guides do what they say: all are parsed, and most run, from a copy of the bundle.
 
-The copy's folder holds what the commands name: `DIR`, five small phantoms, `mr.nii.gz`, `trus.nii.gz` and points. A
-command is run as it stands, with the settings of `SHRUNK` appended: fewer steps of a smaller network. What is not run
-is in `ELSEWHERE`, with the test that does run it, or why none can.
+The copy's folder holds what the commands name: `DIR`, five small phantoms, `SINGLE`, the MR of some of them,
+`mr.nii.gz`, `trus.nii.gz` and points. A command is run as it stands, with the settings of `SHRUNK` appended: fewer
+steps of a smaller network. What is not run is in `ELSEWHERE`, with the test that does run it, or why none can.
 """
 
 import ast
@@ -137,6 +137,8 @@ def bundle(cohort, tmp_path_factory):
     for part in ("configs", "scripts", "models"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(cohort, folder / "DIR")
+    for part, source in (("images", "moving_images"), ("labels", "moving_labels")):
+        shutil.copytree(cohort / "train" / source, folder / "SINGLE" / part)
     (pair,) = (cohort / "test" / "fixed_images").iterdir()
     for name, source in (("mr", "moving_images"), ("trus", "fixed_images"), ("zones", "moving_labels")):
         shutil.copy(cohort / "test" / source / pair.name, folder / f"{name}.nii.gz")
@@ -174,7 +176,7 @@ def test_the_commands_run(bundle):
         done.append(words)
     left = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     wanted = {"out/ddf.nii.gz", "out/overview.png", "out/qc.json", "runs/train/model.pt"}
-    wanted |= {"runs/segmentation/segmentation.pt"}
+    wanted |= {"runs/segmentation/segmentation.pt", "gland.nii.gz"}
     wanted |= {"eval/cases.csv", "mr_on_trus.nii.gz", "zones_on_trus.nii.gz", "on_trus.mrk.json", "on_mr.csv"}
     assert wanted <= left and len(done) >= 10
 

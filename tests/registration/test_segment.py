@@ -86,6 +86,15 @@ def test_the_mask_lies_on_the_image_s_own_grid_and_the_record_says_what_it_is(tm
     assert "p0: " in capsys.readouterr().out
 
 
+def test_without_a_label_there_is_all_but_a_dice(tmp_path, weights, capsys):
+    (item,) = images(tmp_path)
+    item.pop("label")
+    run([item], tmp_path / "out", weights)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"p0.nii.gz", "p0.json", "p0.png"}
+    assert "dice" not in json.loads((tmp_path / "out/p0.json").read_text())
+    assert "p0: " in (said := capsys.readouterr().out) and "Dice" not in said
+
+
 def test_declared_axes_leave_the_mask_in_the_world_of_the_header(tmp_path, weights):
     lying = declared(OBLIQUE, SHAPE, "PRS")
     (item,) = images(tmp_path, lying)
