@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scripts.data.axes import DIRECTIONS, OPPOSITE
 
+CLEAR = 2.0  # a header is believed unless another way is likelier by this, in logarithms
 WAYS = tuple((swapped, back, down) for swapped in (0, 1) for back in (0, 1) for down in (0, 1))
 
 
@@ -51,6 +52,12 @@ def votes(logits: Tensor) -> Tensor:
     said = logits.double().log_softmax(-1).mean(1)
     mean = torch.stack([torch.stack([said[turn, after(way, turn)] for turn in range(8)]).mean() for way in range(8)])
     return mean.log_softmax(0)
+
+
+def believed(said: Tensor) -> int:
+    """The way that a volume is stored, from `votes` (8,): what the header says, unless another is clearly likelier."""
+    other = int(said[1:].argmax()) + 1
+    return other if said[other] - said[0] > CLEAR else 0
 
 
 def codes(affine: np.ndarray, way: int) -> str:

@@ -27,7 +27,7 @@ from scripts.registration.outputs import NOTICE, segmented_by
 from scripts.registration.segmentation import moments, on_image
 
 MODALITIES = {"mr": "MR", "us": "US", "auto": None}
-DARK = 0.45  # borders of an ultrasound are darker than this, see `scripts.registration.qc.border_brightness`
+DARK = 0.62  # borders of an ultrasound are darker than this, see `scripts.registration.qc.border_brightness`
 COLUMNS = ("case", "dice", "modality", "volume_ml", "flags")
 
 

@@ -27,7 +27,7 @@ from scripts.data.checks import InputError
 from scripts.data.weights import load_weights
 from scripts.network import fields
 from scripts.network.segmentation import ORIENTATIONS
-from scripts.registration.orientation import codes, turned, upright, votes
+from scripts.registration.orientation import believed, codes, turned, upright, votes
 
 WHOLE = 32  # voxels along each axis of the cube of the first two passes
 SIDE = 48  # and of the last
@@ -153,7 +153,7 @@ def look(networks: Sequence[nn.Module], cube: Tensor, way: int | None = None) ->
         shown = torch.cat([upright(cube, turn) for turn in range(ORIENTATIONS)])
         gland, logits = _seen(networks, shown)
         said = votes(logits.cpu())
-        way = int(said.argmax())
+        way = believed(said)
         straight = gland[way]
     else:
         straight = _seen(networks, upright(cube, way))[0][0]
@@ -240,17 +240,17 @@ class SegmentGlandsd(Transform):
         `drift`, how far the last pass moved its centre, in lengths of its cube; `growth`, its length over the one
         before; `cut_percent`; `orientation`, how much likelier, in logarithms, the likeliest other way is in which the
         volume can be stored than the header's, above 0 if it is; and `axes`, the directions of the voxel axes in the
-        likeliest way.
+        way that is believed, see `scripts.registration.orientation.believed`.
         """
         centre, axes, length = frame(volume)
         image = volume.as_tensor().cpu()
         dark = MetaTensor(image - image.min(), affine=volume.affine.cpu())  # nothing is darker than what is outside
-        believed, way = None, None
+        first_said, way = None, None
         for side in (WHOLE, WHOLE, SIDE):
             affine = cube_affine(centre, axes, length, side)
             cube = standardised(on_cube(dark, affine, side)).to(self.device)
             predictions, said, way = look(self.networks, cube, way)
-            believed = said if believed is None else believed
+            first_said = said if first_said is None else first_said
             mean = predictions.mean(0)[0].cpu()
             probability = largest_component(mean)
             if not probability.any():
@@ -264,6 +264,6 @@ class SegmentGlandsd(Transform):
             "drift": (centre - before).norm().item() / length,
             "growth": length / first,
             "cut_percent": cut_percent(probability, inside),
-            "orientation": (believed[1:].max() - believed[0]).item(),
+            "orientation": (first_said[1:].max() - first_said[0]).item(),
             "axes": codes(volume.affine.numpy(), way),
         }

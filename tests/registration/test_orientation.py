@@ -1,12 +1,15 @@
 """The eight ways a volume can be stored: a group but for left and right, votes that agree, letters that mend it."""
 
+import json
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from scripts.data.axes import declared
-from scripts.registration.orientation import WAYS, after, codes, turned, upright, votes
+from scripts.registration.orientation import CLEAR, WAYS, after, believed, codes, turned, upright, votes
 
 EIGHT = range(len(WAYS))
 CUBE = torch.arange(27.0).view(1, 3, 3, 3)
@@ -30,6 +33,18 @@ def test_networks_that_know_the_way_of_what_they_see_vote_for_it(way):
     said = torch.stack([torch.eye(8)[after(way, turn)] * 5 for turn in EIGHT])[:, None].repeat(1, 2, 1)
     found = votes(said)
     assert found.argmax() == way and found.exp().sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("ahead", "expected"), [(0.9 * CLEAR, 0), (1.1 * CLEAR, 5), (-1.0, 0)])
+def test_a_header_is_believed_unless_another_way_is_clearly_likelier(ahead, expected):
+    said = torch.full((8,), -9.0)
+    said[0], said[5] = -ahead, 0
+    assert believed(said) == expected
+
+
+@pytest.mark.parametrize("config", ["inference.json", "evaluate.json"])
+def test_a_flag_says_so_where_a_header_is_not_believed_and_nowhere_else(config):
+    assert json.loads((ROOT / "configs" / config).read_text())["limits"]["orientation"] == [None, CLEAR]
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PRS", "SRA"])
