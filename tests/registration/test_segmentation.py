@@ -245,7 +245,7 @@ class KnowsTheWay(Bright):
 
     def ways(self, x):
         return torch.stack(
-            [-20 * (upright(x, way) - body(x.shape[2])).square().mean((1, 2, 3, 4)) for way in range(8)], 1
+            [-80 * (upright(x, way) - body(x.shape[2])).square().mean((1, 2, 3, 4)) for way in range(8)], 1
         )
 
 
