@@ -13,7 +13,7 @@ so that glands are missed. Writes cases.csv, one row an image and way or change,
 from __future__ import annotations
 
 import argparse
-import csv
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,10 +31,10 @@ from benchmarks.confidence import KINDS  # noqa: E402
 from scripts.data.axes import declared  # noqa: E402
 from scripts.data.checks import InputError  # noqa: E402
 from scripts.data.datalist import single_images  # noqa: E402
-from scripts.data.files import listed  # noqa: E402
+from scripts.data.files import listed, write_csv  # noqa: E402
 from scripts.data.pairs import LoadSingled  # noqa: E402
 from scripts.network.segmentation import GlandNetwork  # noqa: E402
-from scripts.registration import qc  # noqa: E402
+from scripts.registration import metrics, qc  # noqa: E402
 from scripts.registration.orientation import codes  # noqa: E402
 from scripts.registration.segmentation import SegmentGlandsd, on_image  # noqa: E402
 
@@ -84,11 +84,11 @@ def found(segment: SegmentGlandsd, item: dict[str, Any], limits: dict[str, Any])
     record = qc.plain(seen["confidence"])
     figures = {k: v if isinstance(v, str) else round(v, 4) for k, v in record.items()}
     flags = "; ".join(qc.flags(record, limits, sides=("",)))
-    return {"dice": (2 * (mask & label).sum() / (mask.sum() + label.sum())).item(), "flags": flags} | figures
+    return {"dice": metrics.dice(mask[None, None], label[None, None]).item(), "flags": flags} | figures
 
 
 def rows(arguments: argparse.Namespace, settings: list[str]) -> Iterator[dict[str, Any]]:
-    limits = {name: pair for name, pair in arguments.limits.items() if pair is not None}
+    limits = json.loads((ROOT / "configs/inference.json").read_text(encoding="utf-8"))["limits"]
     load = LoadSingled()
     for weights, items, fold, seed in held_out(arguments, settings):
         segment = SegmentGlandsd(GlandNetwork(), [str(path) for path in weights], arguments.device)
@@ -128,16 +128,10 @@ def main() -> None:
     parser.add_argument("--pushed", action="store_true", help="also with each image changed so that glands are missed")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments, settings = parser.parse_known_args()
-    from monai.bundle import ConfigParser
-
-    arguments.limits = ConfigParser.load_config_files([str(ROOT / "configs/inference.json")])["limits"]
     folder = Path(arguments.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     table = list(rows(arguments, settings))
-    with (folder / "cases.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in table for key in row)))
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(folder / "cases.csv", table)
     print("group, images: Dice median [95 %], mean, least; flagged of those below and above; right way round")
     for group in dict.fromkeys(row["group"] for row in table):
         own = [row for row in table if row["group"] == group]

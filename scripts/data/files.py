@@ -101,10 +101,14 @@ def alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as a CSV file, a column for every key in the order they come, empty where a row lacks it."""
+def write_csv(path: Path, rows: list[dict[str, Any]], columns: Sequence[str] = ()) -> None:
+    """Write rows as a CSV file, a column for every key in the order they come, empty where a row lacks it.
+
+    Args:
+        columns: that come first, also where no row has them.
+    """
     with written_whole(path) as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer = csv.DictWriter(file, list(dict.fromkeys([*columns, *(key for row in rows for key in row)])))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -149,11 +149,10 @@ def overview(
             for (colour, dash), name, glands in names
             if any(gland is not None for gland in glands)
         ]
-        if handles:
-            place = {"loc": "upper right", "bbox_to_anchor": (1 - 0.2 / WIDTH, 1 - 0.12 / height), "ncols": 2}
-            figure.legend(handles=handles, labelcolor=INK, frameon=False, fontsize=12, **place)
-        note = "Field: the fixed grid x drawn at x + u(x), where the MR is sampled; colour: length of u in 3D"
-        figure.text(1 - 0.3 / WIDTH, 0.25 / height, note, color=FAINT, size=10.5, ha="right", va="center")
+        _draw_legend(figure, handles)
+        _draw_note(
+            figure, "Field: the fixed grid x drawn at x + u(x), where the MR is sampled; colour: length of u in 3D"
+        )
 
 
 def gland_found(
@@ -212,10 +211,8 @@ def gland_found(
         _draw_title(figure, "Gland found", facts)
         names = [(FIXED, "gland found")] + [(MOVING, "label")] * (label is not None)
         handles = [Line2D([], [], color=c, linestyle=dash, linewidth=2, label=name) for (c, dash), name in names]
-        corner = {"loc": "upper right", "bbox_to_anchor": (1 - 0.2 / WIDTH, 1 - 0.12 / height), "ncols": 2}
-        figure.legend(handles=handles, labelcolor=INK, frameon=False, fontsize=12, **corner)
-        note = "Seen from the feet: the patient's right is on the left; sagittal: front on the left"
-        figure.text(1 - 0.3 / WIDTH, 0.25 / height, note, color=FAINT, size=10.5, ha="right", va="center")
+        _draw_legend(figure, handles)
+        _draw_note(figure, "Seen from the feet: the patient's right is on the left; sagittal: front on the left")
 
 
 def loss_curve(
@@ -394,6 +391,19 @@ def _draw_title(figure: Figure, title: str, facts: Sequence[str]) -> None:
     lines = textwrap.wrap(line, 125, max_lines=2, placeholder=" …", break_on_hyphens=False)
     text = {"size": 13, "va": "top", "linespacing": 1.35, "parse_math": False}
     figure.text(0.3 / WIDTH, 1 - 0.56 / height, "\n".join(part.strip(" •") for part in lines), color=INK, **text)
+
+
+def _draw_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """At the upper right, two columns; nothing without handles."""
+    if handles:
+        place = {"bbox_to_anchor": (1 - 0.2 / WIDTH, 1 - 0.12 / figure.get_figheight()), "ncols": 2}
+        figure.legend(handles=handles, loc="upper right", labelcolor=INK, frameon=False, fontsize=12, **place)
+
+
+def _draw_note(figure: Figure, note: str) -> None:
+    """At the lower right."""
+    place = {"ha": "right", "va": "center"}
+    figure.text(1 - 0.3 / WIDTH, 0.25 / figure.get_figheight(), note, color=FAINT, size=10.5, **place)
 
 
 def _style(ax: Axes, label: str) -> None:

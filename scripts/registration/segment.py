@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,10 @@ from tqdm import tqdm
 
 from scripts.data.checks import InputError, check_case_name
 from scripts.data.dicom.reader import modality
-from scripts.data.files import written_together, written_whole
+from scripts.data.files import write_csv, written_together
 from scripts.data.gate import read
 from scripts.data.volumes import save_volume
-from scripts.registration import figures, qc
+from scripts.registration import figures, metrics, qc
 from scripts.registration.outputs import NOTICE, segmented_by
 from scripts.registration.segmentation import moments, on_image
 
@@ -88,10 +87,7 @@ class SegmentImages:
             tqdm.write("; ".join([*told, *(f"CHECK: {flag}" for flag in record["flags"])]))
             rows.append({k: record.get(k) for k in COLUMNS} | {"flags": "; ".join(record["flags"])})
         if count > 1:
-            with written_whole(self.output_dir / "glands.csv") as file:
-                table = csv.DictWriter(file, COLUMNS)
-                table.writeheader()
-                table.writerows(rows)
+            write_csv(self.output_dir / "glands.csv", rows, COLUMNS)
         scores = [row["dice"] for row in rows if row["dice"] is not None]
         if len(scores) > 1:
             print(
@@ -137,7 +133,7 @@ def save_gland(
     record |= qc.plain(item["confidence"])
     if "label" in item:
         label = item["label"].as_tensor()[0] > 0.5
-        record["dice"] = (2 * (mask & label).sum() / (mask.sum() + label.sum())).item()
+        record["dice"] = metrics.dice(mask[None, None], label[None, None]).item()
     record |= {"flags": qc.flags(record, limits, sides=("",)), "limits": dict(limits)}
     if record["contradicted"]:
         record["flags"].insert(0, f"the image is said to be {record['modality']}, but does not look like it")

@@ -119,10 +119,13 @@ class Pool:
         if not self.pairs and not self.phantoms:
             raise InputError("no pair to train on")
 
+    def simulates(self, random: np.random.Generator) -> bool:
+        """Whether the next draw is of the simulated pairs."""
+        return bool(self.phantoms) and (self.share >= 1 or random.random() < self.share)
+
     def draw(self, random: np.random.Generator) -> dict[str, Any]:
         """One pair, each of its kind equally likely."""
-        simulated = self.phantoms and (self.share >= 1 or random.random() < self.share)
-        among = self.phantoms if simulated else self.pairs
+        among = self.phantoms if self.simulates(random) else self.pairs
         return among[random.integers(len(among))]
 
     def renew(self) -> None:

@@ -76,6 +76,8 @@ class GlandLoader(CohortLoader):
         for item in self.pool.pairs:
             groups[item["group"]].append(item)
         self.groups = list(groups.values())
+        often = np.sqrt([len(group) for group in self.groups])
+        self.often = often / often.sum()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"noise": self.noise.get_state()}
@@ -112,12 +114,10 @@ class GlandLoader(CohortLoader):
             yield {"image": standardised(image), "label": label, "orientation": ways, "case": list(cases[self.mine])}
 
     def _drawn_volume(self) -> tuple[str, MetaTensor, tuple, tuple]:
-        simulated = self.pool.phantoms and (self.pool.share >= 1 or self.random.random() < self.pool.share)
-        if simulated:
+        if self.pool.simulates(self.random):
             among = self.pool.phantoms
         else:
-            often = np.sqrt([len(group) for group in self.groups])
-            among = self.groups[self.random.choice(len(self.groups), p=often / often.sum())]
+            among = self.groups[self.random.choice(len(self.groups), p=self.often)]
         item = among[self.random.integers(len(among))]
         return item["case"], *item["volumes"][self.random.integers(len(item["volumes"]))]
 
