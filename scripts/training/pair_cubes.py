@@ -1,0 +1,242 @@
+"""Training batches for the second stage: pairs in the cube of the fixed gland, aligned as an initial transform would.
+
+Pairs are aligned by the centroids of their *labelled* glands, and each draw adds the error that a learned initial
+transform makes: so no gland network takes part, and none has seen its own training pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.networks.layers import GaussianFilter
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from scripts.data.checks import InputError
+from scripts.network import fields
+from scripts.registration.segmentation import CLOSE, NOMINAL, close_up, coarsened, cube_affine, frame, moments
+from scripts.training.cohort import SIDES, Pool
+
+MARGIN = {"fixed": 1.25, "moving": 1.5}  # of the cubes that are kept, so that what is turned or moved is still there
+KNOTS = 5  # along each axis, between which a random warp is linear
+START = {"shift": 2.2, "stretch": 0.05, "turn": 3.0}  # error of a learned start: mm, relative, degrees; per axis
+HEAVY, HEAVY_SHARE = 2.5, 0.15  # so much larger is the shift of so many draws
+
+
+def nominal_voxel(side: int) -> float:
+    """Edge of a voxel of the gland's cube, in millimetres of a gland of nominal length."""
+    return CLOSE * NOMINAL / side
+
+
+class PairCubeLoader:
+    """Endless variety from labelled pairs, real and simulated, each in the cube of its fixed gland.
+
+    A draw turns, stretches, mirrors and shifts both images together; the moving one alone once more, by the error of an
+    initial transform and by a smooth random warp. The grey levels of each are bent, blurred and made noisy by
+    themselves. Labels come along: the gland as a map, the centroid of every label as a point.
+
+    A batch is a dictionary, all on the device but for `spacing` and `case`: `image` (B, 2, S, S, S), channel 0 moving,
+    1 fixed; `moving_label`, `fixed_label` (B, 1, S, S, S), the gland; `moving_points`, `fixed_points` (B, K, 3), voxels
+    of the cube, NaN where a pair has fewer labels or one lies outside the cube; `spacing` (B, 3), nominal mm.
+
+    Args:
+        dataset: pairs as `scripts.data.pairs.LoadPaird` leaves them, label 0 the gland.
+        batch_size: pairs of a batch, of all processes together.
+        epoch_length: batches of a pass.
+        device: where the cohort lives and the batches are made.
+        side: voxels along each edge of the cube.
+        augmentation: scale of what both images share and of the grey levels; 0 switches it off.
+        start_error: scale of the error of the initial transform.
+        warp: standard deviation of the random warp at its knots, nominal mm.
+        seed: of the draws.
+        num_workers, simulated, share, pool, rank, world_size: as of `scripts.training.cohort.CohortLoader`.
+
+    Raises:
+        InputError: no pair, a pair without a gland, or a batch that cannot be shared out evenly.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        epoch_length: int,
+        device: torch.device | str,
+        side: int = 32,
+        augmentation: float = 1.0,
+        start_error: float = 1.0,
+        warp: float = 0.0,
+        seed: int = 0,
+        num_workers: int = 0,
+        simulated: Dataset | None = None,
+        share: float = 0.0,
+        pool: int = 32,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % world_size:
+            raise InputError(f"batch_size {batch_size}: {world_size} processes cannot share it evenly; give a multiple")
+        own = batch_size // world_size
+        self.mine = slice(rank * own, (rank + 1) * own)
+        self.batch_size, self.epoch_length, self.device = batch_size, epoch_length, torch.device(device)
+        self.side, self.augmentation, self.start_error, self.warp = side, augmentation, start_error, warp
+        self.random = torch.Generator(self.device).manual_seed(seed)
+        self.pool = Pool(dataset, simulated, share, pool, self._keep, num_workers)
+
+    def __len__(self) -> int:
+        return self.epoch_length
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the draws, for a checkpoint."""
+        return {"random": self.random.get_state(), "made": self.pool.made, "batches": self.pool.batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.random.set_state(state["random"].cpu())
+        self.pool.load_place(state["made"], state["batches"])
+
+    def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        """Image and gland of either side in its cube, half precision, and the labels' centroids from its centre."""
+        fixed_gland = data["fixed_label"][:1]
+        if not fixed_gland.any() or not data["moving_label"][:1].any():
+            raise InputError(f"{data['case']}: label 0, the gland, is empty")
+        centre, length = close_up(fixed_gland)
+        axes = frame(data["fixed_image"])[1]
+        start = torch.eye(4, dtype=torch.float64)
+        start[:3, 3] = moments(data["moving_label"][:1])[0] - moments(fixed_gland)[0]
+        kept: dict[str, Any] = {"case": data["case"], "voxel_mm": length / self.side}
+        both = [m for m in range(len(data["fixed_label"])) if all(data[f"{s}_label"][m].any() for s in SIDES)]
+        for name in SIDES:
+            to_world = start if name == "moving" else torch.eye(4, dtype=torch.float64)
+            side = 2 * math.ceil(self.side * MARGIN[name] / 2)
+            cube = to_world @ cube_affine(centre, axes, length * side / self.side, side)
+            volumes = []
+            for key, padding in ((f"{name}_image", "border"), (f"{name}_label", "outside")):
+                volume = coarsened(MetaTensor(data[key][:1].as_tensor().float(), affine=data[key].affine), cube)
+                to_volume = torch.linalg.inv(volume.affine.double()) @ cube
+                volumes.append(fields.resample(volume.as_tensor()[None], to_volume, [side] * 3, padding_mode=padding))
+            image = volumes[0] - volumes[0].amin()
+            kept[name] = torch.cat([image / image.amax().clamp_min(1e-6), volumes[1]], 1)[0].half().to(self.device)
+            centroids = torch.stack([moments(data[f"{name}_label"][m : m + 1])[0] for m in both])
+            to_cube = torch.linalg.inv(to_world @ cube_affine(centre, axes, length, self.side))
+            points = centroids @ to_cube[:3, :3].T + to_cube[:3, 3] - (self.side - 1) / 2
+            kept[f"{name}_points"] = points.float().to(self.device)
+        return kept
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for _ in range(self.epoch_length):
+            pairs = self._drawn()
+            self.pool.renew()
+            changes = self._changes()
+            yield self._batch(pairs[self.mine], {key: value[self.mine] for key, value in changes.items()})
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(self.batch_size, *shape, generator=self.random, device=self.device)
+
+    def _uniform(self, *shape: int) -> Tensor:
+        return torch.rand(self.batch_size, *shape, generator=self.random, device=self.device)
+
+    def _drawn(self) -> list[dict[str, Any]]:
+        simulated, which = self._uniform(2).T.tolist()
+        share = self.pool.share if self.pool.phantoms else 0
+        among = [self.pool.phantoms if one < share else self.pool.pairs for one in simulated]
+        return [some[int(at * len(some))] for some, at in zip(among, which, strict=True)]
+
+    def _changes(self) -> dict[str, Tensor]:
+        """Everything random of a batch, (B, …)."""
+        strength, error, mm = self.augmentation, self.start_error, 1 / nominal_voxel(self.side)
+        mirror = torch.ones(self.batch_size, 3, device=self.device)
+        mirror[:, 0] = torch.where(self._uniform() < 0.5 * bool(strength), -1.0, 1.0)
+        stretch = mirror * (0.08 * strength * self._normal(3)).exp()
+        heavy = torch.where(self._uniform(1) < HEAVY_SHARE, HEAVY, 1.0)
+        turn, wrong_turn = (_rotation(self._normal(3) * math.radians(d)) for d in (8 * strength, START["turn"] * error))
+        wrong_stretch = (START["stretch"] * error * self._normal(3)).exp()
+        return {
+            "frame": turn @ torch.diag_embed(stretch),  # of the batch -> of what is kept
+            "centre": 2 * strength * mm * self._normal(3),
+            "wrong": torch.diag_embed(wrong_stretch) @ wrong_turn,
+            "shift": START["shift"] * error * mm * heavy * self._normal(3),
+            "knots": self.warp * mm * self._normal(3, *[KNOTS] * 3) * (self._uniform(1, 1, 1, 1) < 0.7),
+            "gamma": (0.3 * strength * self._normal(2, 1, 1, 1)).exp(),
+            "slope": 0.3 * strength * self._normal(2, 3),
+            "blur": (self._uniform(2) < 0.3) * (0.4 + 0.6 * self._uniform(2)) * strength * self.side / 32,
+            "noise": 0.06 * strength * self._uniform(2, 1, 1, 1) * self._normal(2, *[self.side] * 3),
+        }
+
+    def _batch(self, pairs: list[dict[str, Any]], change: Mapping[str, Tensor]) -> dict[str, Any]:
+        side = self.side
+        grid = fields.identity_grid([side] * 3, torch.float32, self.device) - (side - 1) / 2
+        grid = grid.expand(len(pairs), -1, -1, -1, -1)
+        frame, centre = change["frame"], change["centre"]
+        bent = F.interpolate(change["knots"], [side] * 3, mode="trilinear", align_corners=True)
+        places = {
+            "fixed": _moved(frame, centre, grid),
+            "moving": _moved(frame, centre, _moved(change["wrong"], change["shift"], grid) + bent),
+        }
+        images, glands, points = {}, {}, {}
+        most = max(len(pair["fixed_points"]) for pair in pairs)
+        for name in SIDES:
+            kept = torch.stack([pair[name] for pair in pairs]).float()
+            sampled = fields.sample(
+                kept, places[name] + (kept.shape[-1] - 1) / 2, padding_mode=["border", "outside"]
+            )
+            images[name], glands[name] = sampled.split(1, dim=1)
+            known = [F.pad(p[f"{name}_points"], (0, 0, 0, most - len(p["fixed_points"])), value=math.nan) for p in pairs]
+            away = torch.stack(known) - centre[:, None]
+            points[name] = torch.einsum("bij,bkj->bki", torch.linalg.inv(frame), away)
+        points["moving"] = _before(points["moving"], change, bent)
+        outside = (points["fixed"].abs() > side / 2 - 1).any(-1, keepdim=True)
+        points["fixed"] = points["fixed"].masked_fill(outside, math.nan)
+        image = torch.cat([images[name] for name in SIDES], dim=1)
+        return {
+            "image": self._seen(image, change),
+            **{f"{name}_label": glands[name] for name in SIDES},
+            **{f"{name}_points": points[name] + (side - 1) / 2 for name in SIDES},
+            "spacing": torch.full((len(pairs), 3), nominal_voxel(side), dtype=torch.float64),
+            "case": [pair["case"] for pair in pairs],
+        }
+
+    def _seen(self, image: Tensor, change: Mapping[str, Tensor]) -> Tensor:
+        """Images (B, 2, S, S, S), from 0 to 1, as another scanner might show them."""
+        if not self.augmentation:
+            return image
+        along = torch.linspace(-1, 1, self.side, device=self.device)
+        image = image.clamp_min(1e-6) ** change["gamma"]
+        x, y, z = change["slope"].unbind(-1)
+        slope = [
+            x[..., None, None, None] * along[:, None, None],
+            y[..., None, None, None] * along[:, None],
+            z[..., None, None, None] * along,
+        ]
+        image = image * sum(slope).exp()
+        for b, m in (change["blur"] > 0).nonzero().tolist():
+            image[b, m] = GaussianFilter(3, change["blur"][b, m].item()).to(self.device)(image[b : b + 1, m : m + 1])[0, 0]
+        return image + change["noise"]
+
+
+def _rotation(turn: Tensor) -> Tensor:
+    """Rotation vectors (B, 3), radians -> matrices (B, 3, 3)."""
+    zero = torch.zeros_like(turn[:, 0])
+    x, y, z = turn.unbind(1)
+    return torch.matrix_exp(torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=1).view(-1, 3, 3))
+
+
+def _moved(linear: Tensor, shift: Tensor, points: Tensor) -> Tensor:
+    """Linear maps (B, 3, 3) and shifts (B, 3) applied to points (B, 3, X, Y, Z)."""
+    return torch.einsum("bij,bj...->bi...", linear, points) + shift[..., None, None, None]
+
+
+def _before(points: Tensor, change: Mapping[str, Tensor], bent: Tensor) -> Tensor:
+    """Where points (B, K, 3) came from: y with ``wrong y + shift + bent(y)`` = point, from the middle of the cube."""
+    back, away = torch.linalg.inv(change["wrong"]), points - change["shift"][:, None]
+    at = torch.einsum("bij,bkj->bki", back, away)
+    if not bent.any():
+        return at
+    for _ in range(20):  # a warp that does not fold contracts
+        places = at.nan_to_num().transpose(1, 2)[..., None, None] + (bent.shape[-1] - 1) / 2
+        there = fields.sample(bent, places)[..., 0, 0].transpose(1, 2)
+        at = torch.einsum("bij,bkj->bki", back, away - there)
+    return at
