@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from monai.networks.blocks import DVF2DDF
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,3 +58,21 @@ class ImagesAlone(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.network(image[:, :2])
+
+
+class Standardised(nn.Module):
+    """A network that sees each image with zero mean and unit variance on the grid it is given, as in training so later.
+
+    Args:
+        network: takes the moving and the fixed image as its first two channels.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        pair = image[:, :2]
+        mean, sd = pair.mean((2, 3, 4), keepdim=True), pair.std((2, 3, 4), keepdim=True)
+        pair = (pair - mean) / sd.clamp_min(1e-6)
+        return self.network(torch.cat([pair, image[:, 2:]], dim=1))

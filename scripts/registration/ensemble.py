@@ -1,0 +1,53 @@
+"""The field of several networks, and how far they are from one another."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from monai.utils import ensure_tuple
+from torch import Tensor, nn
+
+from scripts.data.weights import load_weights
+
+
+class FieldEnsemble(nn.Module):
+    """The mean field of networks of one kind, each straight and in the mirror, at a share of its strength.
+
+    Patients are nearly symmetric from left to right, so a pair and its mirror image have fields that mirror each other
+    (test-time augmentation). A mean of fields is smoother than each, and errors that the networks do not share fall out.
+    Where they disagree it is too short rather than wrong; a network that overfits moves too far, which the strength
+    takes back: it is set on held-out pairs.
+
+    Args:
+        network: (B, C, X, Y, Z) -> field (B, 3, X, Y, Z) in voxels, x from left to right.
+        paths: weights of each member.
+        strength: of the field.
+
+    Attributes:
+        spread: of each pair of the last call, how far the members are from their mean: root mean square over members,
+            voxels, (B, X, Y, Z).
+
+    Raises:
+        InputError: the weights do not fit, see `scripts.data.weights.check_weights`.
+    """
+
+    def __init__(self, network: nn.Module, paths: str | Sequence[str], strength: float = 1.0) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(copy.deepcopy(network) for _ in ensure_tuple(paths))
+        for member, path in zip(self.members, ensure_tuple(paths), strict=True):
+            load_weights(path, member)
+        self.strength = strength
+        self.spread: Tensor | None = None
+
+    def forward(self, image: Tensor) -> Tensor:
+        fields = []
+        for member in self.members:
+            mirrored = member(image.flip(2)).flip(2)
+            mirrored[:, 0] = -mirrored[:, 0]
+            fields += [member(image), mirrored]
+        every = self.strength * torch.stack([field.float() for field in fields])
+        mean = every.mean(0)
+        self.spread = (every - mean).square().sum(2).mean(0).sqrt()
+        return mean
