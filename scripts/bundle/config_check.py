@@ -71,7 +71,7 @@ SCRIPTS = {  # modules of this bundle made for configs; the others run configs, 
     *("registration.transforms", "registration.segmentation", "registration.segment", "registration.refine"),
     *("registration.pairwise", "registration.outputs", "registration.precision", "registration.progress"),
     *("study.evaluation", "training.checkpoints", "training.cohort", "training.distributed", "training.engine"),
-    *("training.failures", "training.gland_cubes", "bundle.settings"),
+    *("training.failures", "training.gland_cubes", "training.pair_cubes", "bundle.settings"),
 }
 LOCATED = ("reader", "writer", "merger_cls")  # arguments whose text MONAI looks up and calls as it does `_target_`
 PATCHED = "changes what another config calls, with arguments that are not seen here"

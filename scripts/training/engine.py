@@ -18,18 +18,20 @@ from scripts.data.files import written_whole
 def prepare_batch(
     batch: Mapping[str, Any], device: torch.device | str, non_blocking: bool = False
 ) -> tuple[Tensor, dict[str, Tensor] | None]:
-    """A batch -> network input and the targets of `losses.LabelDrivenLoss`, on the device; `spacing` stays.
+    """A batch -> network input and the targets of `scripts.network.losses`, on the device; `spacing` stays.
 
     Args:
-        batch: `image` (B, 2, X, Y, Z), and for training `moving_label`, `fixed_label`, `spacing`.
+        batch: `image` (B, 2, X, Y, Z), and for training `moving_label`, `fixed_label`, `spacing`, and where landmarks
+            are points `moving_points`, `fixed_points`.
 
     Returns:
-        The image and a dictionary of the three targets; None without labels.
+        The image and a dictionary of the targets; None without labels.
     """
     image = batch["image"].to(device, non_blocking=non_blocking)
     if not {"moving_label", "fixed_label", "spacing"} <= set(batch):
         return image, None
-    targets = {k: batch[k].to(device, non_blocking=non_blocking) for k in ("moving_label", "fixed_label")}
+    keys = [f"{side}_{kind}" for kind in ("label", "points") for side in ("moving", "fixed")]
+    targets = {k: batch[k].to(device, non_blocking=non_blocking) for k in keys if k in batch}
     return image, targets | {"spacing": batch["spacing"]}  # read on the CPU, where it makes the filters
 
 
