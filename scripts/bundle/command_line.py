@@ -19,10 +19,10 @@ from scripts.data.files import listed
 
 # Settings of the configs that are text whatever they look like, and those that are one or several
 TEXTS = (
-    *("dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "initial_weights", "weights_name"),
+    *("dataset_dir", "output_dir", "ckpt_dir", "initial_weights", "weights_name"),
     *("initial_transform", "start", "patient_pattern", "device", "cohort_device"),
 )
-LISTS = ("segmentation_path", "start_path", "formats")
+LISTS = ("ckpt_path", "segmentation_path", "start_path", "formats")
 FLAG = re.compile("--|-[a-zA-Z]")  # how an option begins: -1 is a number
 SWITCHES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 

@@ -69,7 +69,7 @@ SCRIPTS = {  # modules of this bundle made for configs; the others run configs, 
     *("network.networks", "network.losses", "network.pyramid", "network.wrapped", "network.segmentation"),
     *("data.checks", "data.datalist", "data.gate", "data.pairs", "data.renamed", "data.weights"),
     *("registration.transforms", "registration.segmentation", "registration.segment", "registration.refine"),
-    *("registration.pairwise", "registration.outputs", "registration.precision", "registration.progress"),
+    *("registration.ensemble", "registration.pairwise", "registration.outputs", "registration.precision", "registration.progress"),
     *("study.evaluation", "training.checkpoints", "training.cohort", "training.distributed", "training.engine"),
     *("training.failures", "training.gland_cubes", "training.pair_cubes", "bundle.settings"),
 }
