@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register, segment, apply, invert, check, phantom, sweep, crossval, report and others.
+"""`python -m scripts VERB`: register, segment, apply, invert, check, learn, crossval, report, phantom and others.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -309,6 +309,59 @@ def demo(
         register_phantoms(folder, pairs)
 
 
+def learn(
+    dataset_dir: str,
+    output_dir: str,
+    folds: int = 4,
+    patient_pattern: str | None = None,
+    label_values: list[int] | None = None,
+    moving_axes: str | None = None,
+    fixed_axes: str | None = None,
+    moving_spacing: list[float] | None = None,
+    fixed_spacing: list[float] | None = None,
+    moving_series: str | None = None,
+    fixed_series: str | None = None,
+    segmentation_iterations: int | None = None,
+    second_stage_iterations: int | None = None,
+    cores: int | None = None,
+) -> None:
+    """Learn both stages, finding the gland and deforming it, from your own labelled pairs. Research use only.
+
+    Example:
+        python -m scripts learn DIR --output_dir learned --patient_pattern '(p[0-9]+)_'
+
+    Each of the folds' networks learns from the patients of the others, from the weights in models/ on, and is tested on
+    its own: what held-out pairs gain is printed at the end. Run again after an interruption, it goes on. Writes
+    weights.yaml, with which all networks together register:
+        python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out --overlay learned/weights.yaml
+    and cases.csv, landmarks.csv, patients.csv and statistics.csv, the scores of the held-out pairs. weights.yaml names
+    the files in runs/ by their full paths: leave the folder where it is.
+
+    Args:
+        dataset_dir: a data set that is not split, or a datalist JSON; some 20 pairs at least, the gland their first
+            label, with as many landmarks as there are.
+        output_dir: where to write.
+        folds: how many; patients are dealt at random.
+        patient_pattern: regular expression whose first group, in the case name, is the patient.
+        label_values: of integer index maps, the gland first.
+        moving_axes, fixed_axes, moving_spacing, fixed_spacing, moving_series, fixed_series: of images whose headers do
+            not say it, as for register.
+        segmentation_iterations, second_stage_iterations: training steps of each stage; the defaults are those of
+            configs/own_pairs.yaml and configs/second_stage.yaml.
+        cores: CPU cores to use; the default is all.
+    """
+    from scripts.study.own_pairs import learn
+
+    data = {"patient_pattern": patient_pattern, "label_values": label_values}
+    data |= {"moving_axes": moving_axes, "fixed_axes": fixed_axes, "moving_spacing": moving_spacing}
+    data |= {"fixed_spacing": fixed_spacing, "moving_series": moving_series, "fixed_series": fixed_series}
+    steps = {"segmentation": segmentation_iterations, "second_stage": second_stage_iterations}
+    given = {stage: count for stage, count in steps.items() if count is not None}
+    failed = learn(dataset_dir, output_dir, folds, data, given, cores)
+    if failed:
+        sys.exit(f"error: {failed} failed or stopped, see above; the same command goes on where they stopped")
+
+
 def crossval(
     dataset_dir: str,
     output_dir: str,
@@ -422,7 +475,8 @@ def check_config(path: str) -> None:
 
 def main() -> None:
     words = sys.argv[1:]
-    verbs = (register, segment, apply, invert, check, phantom, sweep, demo, crossval, report, release, check_config)
+    verbs = (register, segment, apply, invert, check, learn, crossval, report, phantom, sweep, demo)
+    verbs += (release, check_config)
     named = {verb.__name__: verb for verb in verbs}
     try:
         if not words or {"-h", "--help"} & set(words):  # a bare --help of a verb with required arguments is an error

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from scripts.network.fields import affine_field, compose, warp
 
-LEVELS = 4  # down-samplings; the deepest feature map is 2**LEVELS times coarser than the input
+LEVELS = 4  # the paper's down-samplings; the deepest feature map is 2**levels times coarser than the input
 BN_EPS = 1e-3  # label-reg; the paper is silent
 
 
@@ -158,12 +158,12 @@ class Summand(nn.Module):
     """Displacement summand δ_k (§2.3): conv 3 with bias, zero-initialised, then the trilinear resize; voxels of the
     full grid."""
 
-    def __init__(self, channels: int, level: int) -> None:
+    def __init__(self, channels: int, index: int) -> None:
         super().__init__()
         self.conv = nn.Conv3d(channels, 3, 3, padding=1)
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
-        self.index = LEVELS - level  # of its feature map; TorchScript reads attributes, not globals
+        self.index = index  # of its feature map, the deepest first
 
     def forward(self, features: list[Tensor], size: list[int], low: list[int], kept: list[int]) -> Tensor:
         """Arguments as in `resize_and_crop`."""
@@ -176,20 +176,24 @@ class Summand(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder that the networks share (Fig. 4): four down-samplings, then one convolution at the deepest level.
+    """The encoder that the networks share (Fig. 4): down-samplings, then one convolution at the deepest level.
 
     Args:
         initial_channels: channels of level 0; level k has 2**k times as many.
-        checkpointing, in_channels: as in `SummedDDFNet`.
+        checkpointing, in_channels, levels, first_kernel: as in `SummedDDFNet`.
     """
 
-    def __init__(self, initial_channels: int, checkpointing: bool, in_channels: int) -> None:
+    def __init__(
+        self, initial_channels: int, checkpointing: bool, in_channels: int, levels: int = LEVELS, first_kernel: int = 7
+    ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
-        self.unit = 2**LEVELS  # the network's inner sizes are multiples of this
-        self.channels = [initial_channels * 2**k for k in range(LEVELS + 1)]  # of each level
+        self.unit = 2**levels  # the network's inner sizes are multiples of this
+        self.channels = [initial_channels * 2**k for k in range(levels + 1)]  # of each level
         into = [in_channels, *self.channels]
-        self.down = nn.ModuleList(DownBlock(into[k], into[k + 1], kernel=3 if k else 7) for k in range(LEVELS))
+        self.down = nn.ModuleList(
+            DownBlock(into[k], into[k + 1], kernel=3 if k else first_kernel) for k in range(levels)
+        )
         self.deep = conv_bn(*self.channels[-2:])
 
     def _start_as_xavier(self) -> None:
@@ -204,7 +208,7 @@ class Encoder(nn.Module):
             self.to(memory_format=torch.channels_last_3d)
 
     def padded(self, image: Tensor) -> tuple[Tensor, list[int]]:
-        """The image in the middle of zeros, its sides multiples of 16, and the voxel where it begins on each axis."""
+        """The image in the middle of zeros, its sides multiples of 2**levels, and the voxel where it begins on each axis."""
         padding = [(-n) % self.unit for n in image.shape[2:]]
         low = [p // 2 for p in padding]
         sides = [low[2], padding[2] - low[2], low[1], padding[1] - low[1], low[0], padding[0] - low[0]]
@@ -249,9 +253,11 @@ class SummedDDFNet(Encoder):
         in_channels: 2, the moving and the fixed image; 4 with the glands found in them.
         checkpointing: in training keep only what enters each block and compute the rest again in the backward pass:
             less memory, about a third more time, the same gradients.
+        levels: down-samplings; the paper's 4.
+        first_kernel: edge of the first convolution's kernel; the paper's 7.
 
     Raises:
-        ValueError: `summands` is empty, repeats a level or names one outside 0..4.
+        ValueError: `summands` is empty, repeats a level or names one outside 0..`levels`.
 
     Example:
         >>> SummedDDFNet(initial_channels=4)(torch.rand(1, 2, 20, 31, 17)).shape
@@ -269,22 +275,24 @@ class SummedDDFNet(Encoder):
         checkpointing: bool = False,
         in_channels: int = 2,
         composed: bool = False,
+        levels: int = LEVELS,
+        first_kernel: int = 7,
     ) -> None:
-        super().__init__(initial_channels, checkpointing, in_channels)
-        if not summands or len(set(summands)) != len(summands) or not set(summands) <= set(range(LEVELS + 1)):
-            raise ValueError(f"summands must be distinct levels out of 0..{LEVELS}, got {tuple(summands)}")
+        super().__init__(initial_channels, checkpointing, in_channels, levels, first_kernel)
+        if not summands or len(set(summands)) != len(summands) or not set(summands) <= set(range(levels + 1)):
+            raise ValueError(f"summands must be distinct levels out of 0..{levels}, got {tuple(summands)}")
         self.composed = composed
         n = self.channels
         lowest = min(summands)  # decoder levels that no summand needs are not built
         self.up = nn.ModuleList(
-            UpBlock(n[k], additive, skip_in_shortcut_only) for k in range(LEVELS - 1, lowest - 1, -1)
+            UpBlock(n[k], additive, skip_in_shortcut_only) for k in range(levels - 1, lowest - 1, -1)
         )
         self._start_as_xavier()
-        self.summands = nn.ModuleList(Summand(n[k], k) for k in sorted(summands, reverse=True))
+        self.summands = nn.ModuleList(Summand(n[k], levels - k) for k in sorted(summands, reverse=True))
         self._lay_out()
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Feature maps of levels 4, 3, … down to the lowest summand; `image` (B, 2, X, Y, Z), sides multiples of 16."""
+        """Feature maps of levels 4, 3, … down to the lowest summand; `image` (B, 2, X, Y, Z), sides as `padded` makes them."""
         x, skips = self.encode(image)
         features = [x]
         for i, up in enumerate(self.up):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from monai.networks.blocks import DVF2DDF
+from monai.networks.utils import pixelunshuffle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,3 +77,23 @@ class Standardised(nn.Module):
         mean, sd = pair.mean((2, 3, 4), keepdim=True), pair.std((2, 3, 4), keepdim=True)
         pair = (pair - mean) / sd.clamp_min(1e-6)
         return self.network(torch.cat([pair, image[:, 2:]], dim=1))
+
+
+class Folded(nn.Module):
+    """A network that works at half the resolution, where each 2³ voxels of a channel are eight channels.
+
+    It sees all there is at an eighth of the cost; its field is as smooth as one without the finest summand. Sides are
+    even.
+
+    Args:
+        network: takes eight times the channels; gives a field in voxels of its own grid.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        folded = pixelunshuffle(image, spatial_dims=3, scale_factor=2)
+        field = self.network(folded.contiguous(memory_format=torch.channels_last_3d))
+        return F.interpolate(2 * field, scale_factor=2, mode="trilinear", align_corners=False)

@@ -70,6 +70,29 @@ def on_ray(runs: Sequence[Run], address: str | None, cores: int | None) -> dict[
     return {run.key: fold.remote(tuple(run)).future() for run in runs}
 
 
+def here(runs: Sequence[Run], at_once: int = 1, cores: int | None = None) -> dict[tuple[str, int], str]:
+    """Run in processes of this machine, without Ray, so many at once; SIGTERM lets each save its place.
+
+    Args:
+        cores: of each; None leaves the environment's.
+
+    Returns:
+        (variant, fold) -> why it failed or was stopped, as `watch` says it.
+    """
+    with ThreadPoolExecutor(at_once) as pool:
+
+        def stop(*_: Any) -> None:  # and leave when the trainings have saved their places
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in RUNNING.copy():
+                process.terminate()
+            sys.exit(128 + signal.SIGTERM)
+
+        before = signal.signal(signal.SIGTERM, stop)
+        failures = watch(runs, {run.key: pool.submit(run_fold, run, cores) for run in runs})
+        signal.signal(signal.SIGTERM, before)
+    return failures
+
+
 def cross_validate(
     dataset_dir: str,
     output_dir: str,
@@ -133,17 +156,7 @@ def cross_validate(
     if not todo:
         failures = {}
     elif only is not None:
-        with ThreadPoolExecutor(1) as one:
-
-            def stop(*_: Any) -> None:  # and leave when the training has saved its place
-                one.shutdown(wait=False, cancel_futures=True)
-                for process in RUNNING.copy():
-                    process.terminate()
-                sys.exit(128 + signal.SIGTERM)
-
-            before = signal.signal(signal.SIGTERM, stop)
-            failures = watch(todo, {run.key: one.submit(run_fold, run, cores) for run in todo})
-            signal.signal(signal.SIGTERM, before)
+        failures = here(todo, 1, cores)
     else:
         failures = watch(todo, on_ray(todo, address, cores))
     if only is None:

@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from scripts.data.datalist import TRUTH
 from scripts.data.files import write_csv
 from scripts.registration import qc
-from scripts.registration.metrics import hausdorff95, jacobian_statistics, score_case, true_error, warped_away
+from scripts.registration.metrics import hausdorff95, jacobian_statistics, moved, score_case, true_error, warped_away
 from scripts.registration.transforms import to_original_grid
 
 WORDS = ("case", "patient", "flags")  # columns of cases.csv that hold no number
@@ -75,8 +75,10 @@ class EvaluationTable:
                 case_after["true_error_mm"] = true_error(item["displacement"], truth, gland)
             name = {"case": item["case"], "patient": item["patient"]}
             empty = [warped_away(label) for label in labels_after]
-            for m, (first, end) in enumerate(zip(labels_before, labels_after, strict=True)):
-                self.landmark_rows.append(name | {"label": m} | _before(first) | end | {"empty_warped": empty[m]})
+            ways = moved(initial_only["displacement"], item["displacement"], fixed, item["original_moving_label"])
+            for m, (first, end, way) in enumerate(zip(labels_before, labels_after, ways, strict=True)):
+                row = name | {"label": m} | _before(first) | end | {"empty_warped": empty[m]} | way
+                self.landmark_rows.append(row)
             checked = {}
             if self.limits is not None:
                 record = qc.quality(item, initial_only, qc.deformation(item), inconsistency)

@@ -92,7 +92,7 @@ class LearningRate:
 
 
 class SaveWeights:
-    """Write the network's weights, plain tensors, when a run has completed.
+    """Write the network's weights, plain tensors, when a run has completed: the last, or the mean over the last steps.
 
     MONAI's `CheckpointSaver` also writes its final file when a run has failed; a half-trained network must not become
     the one that registers.
@@ -100,17 +100,45 @@ class SaveWeights:
     Args:
         path: the weights file; replaced as a whole.
         network: the trained network.
+        average: weights count less by 1/e for so many steps that they lie back (exponential moving average): from few
+            pairs each step is noisy, and the mean generalises better than the last; 0 for the last.
+        saves: whether this process writes; of several that train together one does.
     """
 
-    def __init__(self, path: str, network: nn.Module) -> None:
+    def __init__(self, path: str, network: nn.Module, average: int = 0, saves: bool = True) -> None:
         self.path = Path(path)
         self.network = network
+        self.saves = saves
+        self.average = average
+        self.mean: dict[str, Tensor] = {}
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.COMPLETED, self._save)
+        if self.average:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        if self.saves:
+            engine.add_event_handler(Events.COMPLETED, self._save)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.mean
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        device = next(self.network.parameters()).device
+        self.mean = {name: value.to(device) for name, value in state.items()}
+
+    @torch.no_grad()
+    def _add(self, engine: Engine) -> None:
+        now, step = self.network.state_dict(), engine.state.iteration
+        if not self.mean:
+            self.mean = {name: value.clone() for name, value in now.items()}
+        share = max(1 / self.average, 9 / (9 + step))  # the first steps count for less, however few there are
+        for name, value in now.items():
+            if value.is_floating_point():
+                self.mean[name].lerp_(value, share)
+            else:
+                self.mean[name].copy_(value)
 
     def _save(self) -> None:
-        state = self.network.state_dict()
+        state = self.mean or self.network.state_dict()
         once = {v.data_ptr(): v.cpu().contiguous() for v in state.values()}  # what a network shares is stored once
         with written_whole(self.path, "wb") as file:
             torch.save({k: once[v.data_ptr()] for k, v in state.items()}, file)

@@ -41,7 +41,7 @@ class PairCubeLoader:
     themselves. Labels come along: the gland as a map, the centroid of every label as a point.
 
     A batch is a dictionary, all on the device but for `spacing` and `case`: `image` (B, 2, S, S, S), channel 0 moving,
-    1 fixed; `moving_label`, `fixed_label` (B, 1, S, S, S), the gland; `moving_points`, `fixed_points` (B, K, 3), voxels
+    1 fixed, and where glands were found those as channels 2 and 3; `moving_label`, `fixed_label` (B, 1, S, S, S), the gland; `moving_points`, `fixed_points` (B, K, 3), voxels
     of the cube, NaN where a pair has fewer labels or one lies outside the cube; `spacing` (B, 3), nominal mm.
 
     Args:
@@ -114,12 +114,13 @@ class PairCubeLoader:
             side = 2 * math.ceil(self.side * MARGIN[name] / 2)
             cube = to_world @ cube_affine(centre, axes, length * side / self.side, side)
             volumes = []
-            for key, padding in ((f"{name}_image", "border"), (f"{name}_label", "outside")):
+            for key in (k for k in (f"{name}_image", f"{name}_label", f"{name}_gland") if k in data):
+                padding = "border" if key.endswith("image") else "outside"
                 volume = coarsened(MetaTensor(data[key][:1].as_tensor().float(), affine=data[key].affine), cube)
                 to_volume = torch.linalg.inv(volume.affine.double()) @ cube
                 volumes.append(fields.resample(volume.as_tensor()[None], to_volume, [side] * 3, padding_mode=padding))
             image = volumes[0] - volumes[0].amin()
-            kept[name] = torch.cat([image / image.amax().clamp_min(1e-6), volumes[1]], 1)[0].half().to(self.device)
+            kept[name] = torch.cat([image / image.amax().clamp_min(1e-6), *volumes[1:]], 1)[0].half().to(self.device)
             centroids = torch.stack([moments(data[f"{name}_label"][m : m + 1])[0] for m in both])
             to_cube = torch.linalg.inv(to_world @ cube_affine(centre, axes, length, self.side))
             points = centroids @ to_cube[:3, :3].T + to_cube[:3, 3] - (self.side - 1) / 2
@@ -176,14 +177,14 @@ class PairCubeLoader:
             "fixed": _moved(frame, centre, grid),
             "moving": _moved(frame, centre, _moved(change["wrong"], change["shift"], grid) + bent),
         }
-        images, glands, points = {}, {}, {}
+        images, labels, glands, points = {}, {}, [], {}
         most = max(len(pair["fixed_points"]) for pair in pairs)
         for name in SIDES:
             kept = torch.stack([pair[name] for pair in pairs]).float()
-            sampled = fields.sample(
-                kept, places[name] + (kept.shape[-1] - 1) / 2, padding_mode=["border", "outside"]
-            )
-            images[name], glands[name] = sampled.split(1, dim=1)
+            padding = ["border"] + ["outside"] * (kept.shape[1] - 1)
+            sampled = fields.sample(kept, places[name] + (kept.shape[-1] - 1) / 2, padding_mode=padding)
+            images[name], labels[name], *found = sampled.split(1, dim=1)
+            glands += found
             known = [F.pad(p[f"{name}_points"], (0, 0, 0, most - len(p["fixed_points"])), value=math.nan) for p in pairs]
             away = torch.stack(known) - centre[:, None]
             points[name] = torch.einsum("bij,bkj->bki", torch.linalg.inv(frame), away)
@@ -192,8 +193,8 @@ class PairCubeLoader:
         points["fixed"] = points["fixed"].masked_fill(outside, math.nan)
         image = torch.cat([images[name] for name in SIDES], dim=1)
         return {
-            "image": self._seen(image, change),
-            **{f"{name}_label": glands[name] for name in SIDES},
+            "image": torch.cat([self._seen(image, change), *glands], dim=1),
+            **{f"{name}_label": labels[name] for name in SIDES},
             **{f"{name}_points": points[name] + (side - 1) / 2 for name in SIDES},
             "spacing": torch.full((len(pairs), 3), nominal_voxel(side), dtype=torch.float64),
             "case": [pair["case"] for pair in pairs],
