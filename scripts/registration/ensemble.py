@@ -26,8 +26,8 @@ class FieldEnsemble(nn.Module):
         strength: of the field.
 
     Attributes:
-        spread: of each pair of the last call, how far the members are from their mean: root mean square over members,
-            voxels, (B, X, Y, Z).
+        spread: of each pair of the last call, how far the fields are from their mean, voxels: root mean square over
+            them, mean over the fixed gland found, channel 3, or over all where there is none.
 
     Raises:
         InputError: the weights do not fit, see `scripts.data.weights.check_weights`.
@@ -39,7 +39,7 @@ class FieldEnsemble(nn.Module):
         for member, path in zip(self.members, ensure_tuple(paths), strict=True):
             load_weights(path, member)
         self.strength = strength
-        self.spread: Tensor | None = None
+        self.spread: list[float] = []
 
     def forward(self, image: Tensor) -> Tensor:
         fields = []
@@ -49,5 +49,7 @@ class FieldEnsemble(nn.Module):
             fields += [member(image), mirrored]
         every = self.strength * torch.stack([field.float() for field in fields])
         mean = every.mean(0)
-        self.spread = (every - mean).square().sum(2).mean(0).sqrt()
+        apart = (every - mean).square().sum(2).mean(0).sqrt()
+        where = image[:, 3] > 0.5 if image.shape[1] > 3 else torch.ones_like(apart, dtype=torch.bool)
+        self.spread = [one[gland].mean().item() for one, gland in zip(apart, where, strict=True)]
         return mean

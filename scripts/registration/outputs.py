@@ -108,7 +108,7 @@ def save_registration(
     provenance: Mapping[str, Any],
     tools: Sequence[str] = (),
     limits: Mapping[str, Any] | None = None,
-    inconsistency: float | None = None,
+    doubts: Mapping[str, float | None] | None = None,
     write_glands: bool = False,
 ) -> list[str]:
     """Write everything one registration leaves into `folder`, or nothing: files appear when all of them are complete.
@@ -118,7 +118,7 @@ def save_registration(
         provenance: for the QC record.
         tools: whose transform files to write beside ddf.nii.gz, see `scripts.data.formats.FILES`.
         limits: see `scripts.registration.qc.flags`.
-        inconsistency: see `scripts.registration.qc.quality`.
+        doubts: see `scripts.registration.qc.quality`.
         write_glands: whether to write the glands that were found, each on its image's grid.
 
     Returns:
@@ -145,7 +145,7 @@ def save_registration(
             save_volume(partial / LABEL, binary, affine, dtype=np.uint8)
         before = to_original_grid(item, torch.zeros_like(item["pred"]))
         moved = qc.deformation(item)
-        record = qc.quality(item, before, moved, inconsistency)
+        record = qc.quality(item, before, moved, doubts)
         record |= {"flags": qc.flags(record, limits or {}), "limits": dict(limits or {})}
         save_overview(partial / "overview.png", item, before, moved, record)
         known = {k: item[k] for k in ("case", "moving_file", "fixed_file")}
@@ -160,7 +160,7 @@ class SaveRegistrations:
 
     Args:
         output_dir: one folder per case is made in it.
-        weights: the weights file, for its SHA-256 in the QC record; None without one.
+        weights: the weights file, or several, for its SHA-256 in the QC record; None without one.
         initial_transform: the initial transform's name, for the QC record.
         segmentation_weights: the weights file of a learned initial transform, or several, likewise.
         case_folders: False writes straight into `output_dir`; for a single case.
@@ -177,7 +177,7 @@ class SaveRegistrations:
     def __init__(
         self,
         output_dir: str,
-        weights: str | None,
+        weights: str | Sequence[str] | None,
         initial_transform: str,
         segmentation_weights: str | Sequence[str] | None = None,
         case_folders: bool = True,
@@ -195,7 +195,9 @@ class SaveRegistrations:
         self.case_folders = case_folders
         self.tools = formats.checked_formats(tools, pairs)
         self.provenance: dict[str, Any] = {"initial_transform": initial_transform}
-        self.provenance |= {"weights": weights, "weights_sha256": weights and sha256(weights)}
+        several = isinstance(weights, list | tuple)
+        hashes = [sha256(path) for path in weights] if several else weights and sha256(weights)
+        self.provenance |= {"weights": weights, "weights_sha256": hashes}
         self.provenance |= segmented_by(segmentation_weights)
 
     def attach(self, engine: Engine) -> None:
@@ -203,9 +205,9 @@ class SaveRegistrations:
 
     def _save(self, engine: Engine) -> None:
         known = self.provenance | {"precision": engine.inferer.used}
-        items = zip(engine.state.batch, engine.state.output, qc.inconsistencies(engine), strict=True)
-        for batch, output, inconsistency in items:
+        items = zip(engine.state.batch, engine.state.output, qc.doubts(engine), strict=True)
+        for batch, output, doubts in items:
             item = {**batch, **output}
             folder = self.output_dir / check_case_name(item["case"]) if self.case_folders else self.output_dir
-            found = save_registration(folder, item, known, self.tools, self.limits, inconsistency, self.write_glands)
+            found = save_registration(folder, item, known, self.tools, self.limits, doubts, self.write_glands)
             print("; ".join([f"{item['case']}: {folder}", *(f"CHECK: {flag}" for flag in found)]))

@@ -36,9 +36,17 @@ MEANINGS = {  # what a figure beyond its limits means, in the words of a flag
 }
 
 
-def inconsistencies(engine: Engine) -> list[float | None]:
-    """What `refine.RefinedInferer` says of each pair of the batch; None where another inferer says nothing."""
-    return getattr(engine.inferer, "inconsistency", None) or [None] * len(engine.state.output)
+def doubts(engine: Engine) -> list[dict[str, float | None]]:
+    """What speaks against the field of each pair of the batch, in voxels of the working grid; None where nothing is said.
+
+    `inverse_consistency` is `refine.RefinedInferer`'s, `spread` `ensemble.FieldEnsemble`'s.
+    """
+    silent = [None] * len(engine.state.output)
+    said = {
+        "inverse_consistency": getattr(engine.inferer, "inconsistency", None) or silent,
+        "spread": getattr(engine.network, "spread", None) or silent,
+    }
+    return [dict(zip(said, values, strict=True)) for values in zip(*said.values(), strict=True)]
 
 
 def deformation(item: Mapping[str, Any]) -> Tensor:
@@ -65,7 +73,10 @@ def border_brightness(image: Tensor) -> float:
 
 
 def quality(
-    item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor, inconsistency: float | None = None
+    item: Mapping[str, Any],
+    before: Mapping[str, Tensor],
+    moved: Tensor,
+    doubts: Mapping[str, float | None] | None = None,
 ) -> dict[str, float | None]:
     """The figures of one registration; None where one is not defined.
 
@@ -73,7 +84,7 @@ def quality(
         item: what `scripts.registration.transforms.ToOriginalGridd` leaves.
         before: `scripts.registration.transforms.to_original_grid` of the initial transform alone.
         moved: its `deformation`.
-        inconsistency: of `scripts.registration.refine.RefinedInferer`, voxels of the working grid.
+        doubts: of the pair, see there.
     """
     affine = item["original_fixed_image"].affine
     displacement = item["displacement"][None]
@@ -87,8 +98,10 @@ def quality(
         "initial_stretch_min": item["initial_stretch"].min().item(),
         "initial_stretch_max": item["initial_stretch"].max().item(),
         "border_difference": borders[0] - borders[1],
-        "inverse_consistency_mm": math.nan if inconsistency is None else inconsistency * voxel,
     }
+    for name in ("inverse_consistency", "spread"):
+        doubt = (doubts or {}).get(name)
+        record[f"{name}_mm"] = math.nan if doubt is None else doubt * voxel
     for side in ("moving", "fixed"):
         record |= {f"{side}_{name}": value for name, value in plain(item.get(f"{side}_confidence", {})).items()}
     if "original_fixed_label" in item and "warped_moving_label" in item:

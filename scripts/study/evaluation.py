@@ -58,8 +58,8 @@ class EvaluationTable:
 
     def _add(self, engine: Engine) -> None:
         seconds = (time.perf_counter() - self._started) / len(engine.state.output)
-        items = zip(engine.state.batch, engine.state.output, qc.inconsistencies(engine), strict=True)
-        for batch, output, inconsistency in items:
+        items = zip(engine.state.batch, engine.state.output, qc.doubts(engine), strict=True)
+        for batch, output, doubts in items:
             item = {**batch, **output}
             fixed = item["original_fixed_label"]
             spacing = fixed.affine[:3, :3].norm(dim=0)
@@ -81,7 +81,8 @@ class EvaluationTable:
                 self.landmark_rows.append(row)
             checked = {}
             if self.limits is not None:
-                record = qc.quality(item, initial_only, qc.deformation(item), inconsistency)
+                record = qc.quality(item, initial_only, qc.deformation(item), doubts)
+                checked |= {"spread_mm": record["spread_mm"]} if record["spread_mm"] is not None else {}
                 checked["flags"] = "; ".join(qc.flags(record, self.limits))
             self.rows.append(
                 name

@@ -104,7 +104,9 @@ def conclude(output: Path, glands: Sequence[Run], fields: Sequence[Run]) -> str:
         "strength": strength,
     }
     with written_whole(output / RESULT) as file:
-        file.write("# Beside configs/inference.json or evaluate.json: both stages' weights, learned from one's own pairs.\n")
+        file.write(
+            "# Beside configs/inference.json or evaluate.json: both stages' weights, learned from one's own pairs.\n"
+        )
         file.write(yaml.safe_dump(scored | weights, sort_keys=False))
 
     def of_cases(column: str) -> list[float]:
@@ -117,7 +119,9 @@ def conclude(output: Path, glands: Sequence[Run], fields: Sequence[Run]) -> str:
         ("landmarks, pooled median mm", *(_known(landmarks, c) for c in ("distance_before_mm", "distance_mm"))),
     ):
         digits = 3 if "DSC" in name else 2
-        lines.append(f"{name:<36} {median(before):>17.{digits}f} {median(after):>11.{digits}f}" if before and after else name)
+        lines.append(
+            f"{name:<36} {median(before):>17.{digits}f} {median(after):>11.{digits}f}" if before and after else name
+        )
     lines += [
         f"Scored at strength {scored['strength']:g}; the strength with the least mean TRE, now set, is {strength:g}.",
         f"Register with all {len(fields)} networks of each stage:",

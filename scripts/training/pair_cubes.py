@@ -185,7 +185,9 @@ class PairCubeLoader:
             sampled = fields.sample(kept, places[name] + (kept.shape[-1] - 1) / 2, padding_mode=padding)
             images[name], labels[name], *found = sampled.split(1, dim=1)
             glands += found
-            known = [F.pad(p[f"{name}_points"], (0, 0, 0, most - len(p["fixed_points"])), value=math.nan) for p in pairs]
+            known = [
+                F.pad(p[f"{name}_points"], (0, 0, 0, most - len(p["fixed_points"])), value=math.nan) for p in pairs
+            ]
             away = torch.stack(known) - centre[:, None]
             points[name] = torch.einsum("bij,bkj->bki", torch.linalg.inv(frame), away)
         points["moving"] = _before(points["moving"], change, bent)
@@ -214,7 +216,9 @@ class PairCubeLoader:
         ]
         image = image * sum(slope).exp()
         for b, m in (change["blur"] > 0).nonzero().tolist():
-            image[b, m] = GaussianFilter(3, change["blur"][b, m].item()).to(self.device)(image[b : b + 1, m : m + 1])[0, 0]
+            image[b, m] = GaussianFilter(3, change["blur"][b, m].item()).to(self.device)(image[b : b + 1, m : m + 1])[
+                0, 0
+            ]
         return image + change["noise"]
 
 

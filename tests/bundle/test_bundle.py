@@ -19,7 +19,13 @@ from scripts.study.plan import merged
 
 CONFIGS = ROOT / "configs"
 # the last needs elastix
-REGISTER_ONLY = {"initial_transform_only.yaml", "segment.yaml", "segmentation_weights.yaml", "variant_rigid.yaml"}
+REGISTER_ONLY = {
+    "second_stage_weights.yaml",
+    "initial_transform_only.yaml",
+    "segment.yaml",
+    "segmentation_weights.yaml",
+    "variant_rigid.yaml",
+}
 OVERLAYS = [path for path in CONFIGS.glob("*.yaml") if not path.is_symlink()]  # a link is an old name of another
 OVERLAYS = sorted({p.name for p in OVERLAYS if merged([p]).get("iterations") != 0} - REGISTER_ONLY)
 
@@ -146,7 +152,7 @@ def test_inference_registers_every_pair_of_a_folder(trained, cohort, tmp_path):
 def test_each_overlay_trains_a_step(name, two_pairs, tmp_path):
     settings = {"dataset_dir": two_pairs, "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)} | QUICK
     settings |= {"phantom_pool": 2, "batch_size": 1, "iterations": 1, "epoch_length": 1}
-    below = [str(CONFIGS / "segmentation.yaml")] if name == "fine_tune.yaml" else []
+    below = [str(CONFIGS / "segmentation.yaml")] if name in ("fine_tune.yaml", "own_pairs.yaml") else []
     files = [str(CONFIGS / "train.json"), *below, str(CONFIGS / name)]
     workflow = ConfigWorkflow(files, logging_file=False, **settings)
     workflow.initialize()
@@ -252,6 +258,12 @@ def test_the_three_configs_share_their_common_items():
     assert own >= {"initial_transform", "spacing", "initial_channels"}
     for a, b, apart in ((train, inference, refined), (train, evaluate, refined), (evaluate, inference, set())):
         assert all(a[k] == b[k] for k in set(a) & set(b) - own - apart)
+
+
+def test_the_second_stage_registers_with_the_network_that_it_trained():
+    trained, used = (yaml.safe_load((CONFIGS / f"second_stage{kind}.yaml").read_text()) for kind in ("", "_weights"))
+    shared = ("network_def", "initial_channels", "levels", "first_kernel", "groups", "summands")
+    assert all(trained[name] == used[name] for name in shared)
 
 
 def test_default_hyper_parameters_are_the_papers():

@@ -31,6 +31,20 @@ def trained(seed=0, **options):
     return net
 
 
+@pytest.mark.parametrize("levels", [2, 3])
+def test_a_network_of_fewer_levels_takes_sizes_of_fewer_halvings_and_sums_their_summands(levels):
+    net = trained(levels=levels, first_kernel=3, summands=range(levels + 1), in_channels=3)
+    assert net.down[0].conv.conv.weight.shape[2:] == (3, 3, 3)
+    image = torch.randn(1, 3, 12, 10, 9, generator=torch.Generator().manual_seed(0))
+    padded, low = net.padded(image)
+    assert [n % 2**levels for n in padded.shape[2:]] == [0, 0, 0] and len(net.features(padded)) == levels + 1
+    field, summands = net(image), net.displacement_summands(image)
+    assert field.shape == (1, 3, 12, 10, 9) and len(summands) == levels + 1
+    assert torch.equal(field, sum(summands[1:], summands[0]))
+    with pytest.raises(ValueError, match=f"out of 0..{levels}"):
+        SummedDDFNet(2, levels=levels, summands=(levels + 1,))
+
+
 def image_pair(*size, batch=1):
     return torch.randn(batch, 2, *size, generator=torch.Generator().manual_seed(1))
 

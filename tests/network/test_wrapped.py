@@ -6,7 +6,7 @@ from monai.networks.nets import LocalNet
 from torch import nn
 
 from scripts.network.fields import jacobian_determinant, warp
-from scripts.network.wrapped import ImagesAlone, Integrated, Padded
+from scripts.network.wrapped import Folded, ImagesAlone, Integrated, Padded
 
 
 class Known(nn.Module):
@@ -54,6 +54,22 @@ def test_the_integrated_field_and_that_of_the_negative_velocity_undo_each_other(
     there, back = (Integrated(Known(v))(torch.rand(1, 2, 24, 24, 24)) for v in (velocity, -velocity))
     left = (back + warp(there, back, padding_mode="border"))[..., 6:-6, 6:-6, 6:-6]
     assert left.norm(dim=1).max() < 0.25 and there.norm(dim=1).max() > 1.5
+
+
+def test_a_folded_network_sees_every_voxel_and_its_field_is_in_voxels_of_the_pair():
+    class Seeing(nn.Module):
+        def forward(self, image):
+            self.seen = image
+            return torch.full((len(image), 3, *image.shape[2:]), 1.5)
+
+    network, image = Seeing(), torch.rand(2, 4, 16, 12, 8)
+    field = Folded(network)(image)
+    assert field.shape == (2, 3, 16, 12, 8) and torch.allclose(field, torch.tensor(3.0))
+    assert network.seen.shape == (2, 32, 8, 6, 4)
+    assert torch.equal(network.seen.flatten().sort().values, image.flatten().sort().values)
+    ramp = torch.arange(16.0).view(1, 1, 16, 1, 1).expand(1, 1, 16, 16, 16)
+    Folded(network)(ramp)
+    assert torch.equal(network.seen.mean(1)[0, :, 0, 0], torch.arange(0.5, 16, 2))  # 2³ neighbours together
 
 
 def test_images_alone_hides_the_glands():

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 
 from scripts.registration import metrics
 
@@ -130,3 +131,25 @@ def test_folding_is_counted_inside_a_label_when_one_is_given():
     for inside, folded in (((3, 8), 0), ((14, 17), 100)):
         found = metrics.jacobian_statistics(displacement, affine, box(inside, (3, 9), (3, 9))[0, 0])
         assert found["folded_gland_percent"] == folded and found["folded_percent"] > 20
+
+
+def test_how_far_a_field_moves_a_centroid_and_how_far_it_should_have():
+    fixed, moving = np.eye(4), np.diag([2.0, 1, 1.5, 1])
+    fixed[:3, 3], moving[:3, 3] = (5, -3, 2), (1, 1, -2)
+    labels = [torch.zeros(2, 12, 12, 12) for _ in range(2)]
+    for label in labels:
+        label[0, 4:8, 4:8, 4:8] = 1
+    labels[0][1, 2, 3, 4] = 1  # and not in the moving image
+    x, y = (torch.from_numpy(affine[:3, :3] @ np.full(3, 5.5) + affine[:3, 3]) for affine in (fixed, moving))
+    start, way = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, 2.0])
+    before = start.view(3, 1, 1, 1).expand(3, 12, 12, 12)
+    after = (start + way).view(3, 1, 1, 1).expand(3, 12, 12, 12)
+    maps = [MetaTensor(label, affine=affine) for label, affine in zip(labels, (fixed, moving), strict=True)]
+    found, absent = metrics.moved(before, after, *maps)
+    assert all(math.isnan(value) for value in absent.values())
+    for share in (0, 0.5, 1, 2):
+        left = found["off_mm"] ** 2 - 2 * share * found["moved_mm"] * found["towards_mm"]
+        left = math.sqrt(left + (share * found["moved_mm"]) ** 2)
+        assert left == pytest.approx((x + start + share * way - y).norm().item(), rel=1e-6)
+    still = metrics.moved(before, before, *maps)[0]
+    assert still["moved_mm"] == 0 and still["off_mm"] == found["off_mm"]

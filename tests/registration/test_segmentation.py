@@ -24,6 +24,7 @@ from scripts.registration.segmentation import (
     look,
     moments,
     on_cube,
+    on_image,
 )
 from scripts.registration.transforms import (
     GRID,
@@ -200,6 +201,19 @@ def test_an_unknown_kind_is_refused():
     same = torch.zeros(3).double(), torch.eye(3).double()
     with pytest.raises(ValueError, match="rigid"):
         align_moments(same, same, "rigid")
+
+
+def test_a_look_where_the_labels_are_finds_the_gland_that_three_looks_find(weights):
+    affine = turned((1.1, 0.9, 1.6), 0.3, flips=(-1, -1, 1))
+    gland = ellipsoid((50, 54, 34), affine, (-25, -27, 22), (12, 9, 8))
+    pair = {"moving_image": gland, "fixed_image": gland, "moving_label": gland, "fixed_label": gland}
+    whole, there = (SegmentGlandsd(Bright(), weights, at_labels=at)(pair) for at in (False, True))
+    for side in ("moving", "fixed"):
+        a, b = (on_image(found[f"{side}_gland"], gland) > 0.5 for found in (whole, there))
+        assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.97
+        assert f"{side}_confidence" not in there
+    empty = SegmentGlandsd(Bright(), weights, at_labels=True)(pair | {"moving_label": 0 * gland})
+    assert "moving_gland" not in empty  # whoever draws the pair refuses it
 
 
 @pytest.mark.parametrize(

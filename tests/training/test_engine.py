@@ -35,6 +35,26 @@ def test_the_learning_rate_rises_in_equal_parts_and_then_is_as_without_a_warm_up
     assert decay or seen[0] == 10 * [0.5]
 
 
+def test_averaged_weights_are_the_mean_of_the_last_steps_also_after_a_resume(tmp_path):
+    def run(path, epochs, state=None):
+        network = torch.nn.BatchNorm1d(1)
+        trainer = Engine(lambda engine, batch: network.weight.data.fill_(engine.state.iteration))
+        saves = SaveWeights(str(path), network, average=20)
+        saves.attach(trainer)
+        if state is not None:
+            saves.load_state_dict(state[0])
+            trainer.load_state_dict(state[1])
+        trainer.run([0] * 50, max_epochs=epochs)
+        return saves.state_dict(), {"epoch_length": 50, "max_epochs": 4, "iteration": 50 * epochs}
+
+    run(tmp_path / "whole.pt", 4)
+    run(tmp_path / "parts.pt", 4, run(tmp_path / "first.pt", 2))
+    whole, parts = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["weight"].item() == pytest.approx(200 - 19, abs=0.5)  # the mean of 1, 2, … with weights that fall
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert SaveWeights("nowhere", torch.nn.Linear(1, 1), average=5, saves=False).state_dict() == {}
+
+
 def test_weights_are_stored_once_where_a_network_shares_them(tmp_path):
     network, path = GlandNetwork(), tmp_path / "segmentation.pt"
     trainer = Engine(lambda engine, batch: None)

@@ -30,10 +30,12 @@ def centroids(label):
 
 
 def test_without_changes_a_batch_is_what_a_registration_from_the_labelled_centroids_sees(pairs):
-    (batch,) = batches(pairs, augmentation=0, start_error=0)
+    found = [pair | {f"{side}_gland": pair[f"{side}_label"][:1] for side in ("moving", "fixed")} for pair in pairs]
+    (batch,) = batches(found, augmentation=0, start_error=0)
     for b, case in enumerate(batch["case"]):
-        pair = next(p for p in pairs if p["case"] == case)
-        seen = OntoFixedGridd("gland", "centroids")(pair | {"fixed_gland": pair["fixed_label"][:1]})
+        seen = OntoFixedGridd("gland", "centroids")(next(p for p in found if p["case"] == case))
+        assert batch["image"].shape[1] == len(seen["image"]) == 4
+        assert ((batch["image"][b, 2:] > 0.5) != (seen["image"][2:] > 0.5)).float().mean() < 0.01
         for m in range(2):
             image, wanted = batch["image"][b, m], seen["image"][m]
             image, wanted = ((x - x.mean()) / x.std() for x in (image, wanted))

@@ -1,0 +1,46 @@
+"""Own pairs, one command: both stages learn, each pair is held out once from both, and the result registers."""
+
+import csv
+import json
+
+import pytest
+import yaml
+from conftest import run
+from test_crossval import unsplit  # noqa: F401  a fixture
+
+from scripts.study.own_pairs import best_strength
+
+STEPS = ("--segmentation_iterations", "1", "--second_stage_iterations", "2", "--folds", "2")
+
+
+def test_one_command_learns_both_stages_says_what_held_out_pairs_gain_and_its_result_registers(
+    unsplit,  # noqa: F811
+    tmp_path,
+):
+    dataset, out = unsplit / "train", tmp_path / "learned"
+    said = run("scripts", "learn", str(dataset), "--output_dir", str(out), *STEPS).stdout
+    assert "4 pairs of 4 patients, 2 folds" in said and "Research use only" in said and "initial transform" in said
+    cases = list(csv.DictReader((out / "cases.csv").open()))
+    assert len({row["case"] for row in cases}) == 4 and all(float(row["spread_mm"]) >= 0 for row in cases)
+    weights = yaml.safe_load((out / "weights.yaml").read_text())
+    for fold in range(2):  # neither stage has seen the pairs that it is tested on
+        log = (out / "runs" / "second_stage" / f"fold{fold}" / "log.txt").read_text(errors="replace")
+        assert f"runs/segmentation/fold{fold}/model.pt" in log and f"segmentation/fold{1 - fold}" not in log
+        assert f"fold{fold}" in weights["segmentation_path"][fold] and f"fold{fold}" in weights["ckpt_path"][fold]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("model.pt")}
+    again = run("scripts", "learn", str(dataset), "--output_dir", str(out), *STEPS).stdout
+    assert again.splitlines()[-8:] == said.splitlines()[-8:]
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("model.pt")} and len(before) == 4
+    pair = [f"--{side}={dataset / f'{side}_images' / 'case000000.nii.gz'}" for side in ("moving", "fixed")]
+    run("scripts", "register", *pair, f"--output_dir={tmp_path / 'one'}", f"--overlay={out / 'weights.yaml'}")
+    record = json.loads((tmp_path / "one" / "qc.json").read_text())
+    assert record["weights"] == weights["ckpt_path"] and len(record["weights_sha256"]) == 2
+    assert record["spread_mm"] >= 0 and record["max_displacement_mm"] > 0
+
+
+@pytest.mark.parametrize(("moved", "towards"), [(4, 4), (4, 1), (2, 1.6), (3, -1)])
+def test_the_strength_is_the_share_of_the_field_that_leaves_least(moved, towards):
+    rows = [{"case": "a", "off_mm": "9", "moved_mm": f"{moved}", "towards_mm": f"{towards}"}]
+    rows += [{"case": "a", "off_mm": "nan", "moved_mm": "nan", "towards_mm": ""}]  # a label that is not there
+    wanted = min(1, max(0, 0.75 * towards / moved))  # it was scored at 0.75
+    assert best_strength(rows, 0.75) == pytest.approx(wanted, abs=0.026)
