@@ -333,7 +333,8 @@ def learn(
     Each of the folds' networks learns from the patients of the others, from the weights in models/ on, and is tested on
     its own: what held-out pairs gain is printed at the end. Run again after an interruption, it goes on. Writes
     weights.yaml, with which all networks together register:
-        python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out --overlay learned/weights.yaml
+        python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out \\
+            --overlay learned/weights.yaml
     and cases.csv, landmarks.csv, patients.csv and statistics.csv, the scores of the held-out pairs. weights.yaml names
     the files in runs/ by their full paths: leave the folder where it is.
 

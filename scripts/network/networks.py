@@ -221,7 +221,7 @@ class Encoder(nn.Module):
             self.to(memory_format=torch.channels_last_3d)
 
     def padded(self, image: Tensor) -> tuple[Tensor, list[int]]:
-        """The image in the middle of zeros, its sides multiples of 2**levels, and the voxel where it begins on each axis."""
+        """The image in the middle of zeros, sides multiples of 2**levels, and where it begins on each axis."""
         padding = [(-n) % self.unit for n in image.shape[2:]]
         low = [p // 2 for p in padding]
         sides = [low[2], padding[2] - low[2], low[1], padding[1] - low[1], low[0], padding[0] - low[0]]
@@ -311,7 +311,7 @@ class SummedDDFNet(Encoder):
         self._lay_out()
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Feature maps of levels 4, 3, … down to the lowest summand; `image` (B, 2, X, Y, Z), sides as `padded` makes them."""
+        """Feature maps from the deepest level to the lowest summand's; `image` (B, C, X, Y, Z) as `padded` makes it."""
         x, skips = self.encode(image)
         features = [x]
         for i, up in enumerate(self.up):

@@ -62,10 +62,11 @@ class ImagesAlone(nn.Module):
 
 
 class Standardised(nn.Module):
-    """A network that sees each image with zero mean and unit variance on the grid it is given, as in training so later.
+    """A network that sees each image with zero mean and unit variance on the grid it is given, as in training so later,
+    and the glands found, probabilities, from −1 to 1.
 
     Args:
-        network: takes the moving and the fixed image as its first two channels.
+        network: takes as many channels: the moving and the fixed image, and the glands where there are any.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -76,7 +77,7 @@ class Standardised(nn.Module):
         pair = image[:, :2]
         mean, sd = pair.mean((2, 3, 4), keepdim=True), pair.std((2, 3, 4), keepdim=True)
         pair = (pair - mean) / sd.clamp_min(1e-6)
-        return self.network(torch.cat([pair, image[:, 2:]], dim=1))
+        return self.network(torch.cat([pair, 2 * image[:, 2:] - 1], dim=1))
 
 
 class Folded(nn.Module):

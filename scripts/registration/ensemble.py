@@ -16,7 +16,7 @@ class FieldEnsemble(nn.Module):
     """The mean field of networks of one kind, each straight and in the mirror, at a share of its strength.
 
     Patients are nearly symmetric from left to right, so a pair and its mirror image have fields that mirror each other
-    (test-time augmentation). A mean of fields is smoother than each, and errors that the networks do not share fall out.
+    (test-time augmentation). A mean of fields is smoother than each, and errors that networks do not share fall out.
     Where they disagree it is too short rather than wrong; a network that overfits moves too far, which the strength
     takes back: it is set on held-out pairs.
 

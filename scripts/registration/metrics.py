@@ -125,7 +125,7 @@ def moved(before: Tensor, after: Tensor, fixed: MetaTensor, moving: MetaTensor) 
     are NaN where a label is empty in either image.
 
     Args:
-        before, after: displacements (3, X, Y, Z) in RAS mm on the fixed grid, of the initial transform and with a field.
+        before, after: displacements (3, X, Y, Z), RAS mm, fixed grid: of the initial transform, and with a field.
         fixed, moving: labels (M, …), each on its own grid, channel m the same structure.
     """
     both, rows = torch.stack([before, after]).double(), []

@@ -37,7 +37,7 @@ MEANINGS = {  # what a figure beyond its limits means, in the words of a flag
 
 
 def doubts(engine: Engine) -> list[dict[str, float | None]]:
-    """What speaks against the field of each pair of the batch, in voxels of the working grid; None where nothing is said.
+    """What speaks against the field of each pair of the batch, voxels of the working grid; None where nothing is said.
 
     `inverse_consistency` is `refine.RefinedInferer`'s, `spread` `ensemble.FieldEnsemble`'s.
     """

@@ -245,7 +245,7 @@ class SegmentGlandsd(Transform):
 
     @torch.inference_mode()
     def see(self, volume: MetaTensor, centre: Tensor, length: float) -> MetaTensor:
-        """The gland of a volume (1, X, Y, Z) in a cube at `centre`, its edges of `length` mm, axes as the header says."""
+        """The gland of a volume (1, X, Y, Z) in a cube at `centre`, edges of `length` mm, axes as the header says."""
         affine = cube_affine(centre, frame(volume)[1], length)
         cube = standardised(on_cube(on_black(volume), affine)).to(self.device)
         mean = look(self.networks, cube, 0)[0].mean(0)[0].cpu()

@@ -125,7 +125,8 @@ def conclude(output: Path, glands: Sequence[Run], fields: Sequence[Run]) -> str:
     lines += [
         f"Scored at strength {scored['strength']:g}; the strength with the least mean TRE, now set, is {strength:g}.",
         f"Register with all {len(fields)} networks of each stage:",
-        f"  python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out --overlay {output / RESULT}",
+        "  python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out \\",
+        f"    --overlay {output / RESULT}",
         "Research use only. Not for clinical decisions.",
     ]
     return "\n".join(lines)

@@ -41,8 +41,9 @@ class PairCubeLoader:
     themselves. Labels come along: the gland as a map, the centroid of every label as a point.
 
     A batch is a dictionary, all on the device but for `spacing` and `case`: `image` (B, 2, S, S, S), channel 0 moving,
-    1 fixed, and where glands were found those as channels 2 and 3; `moving_label`, `fixed_label` (B, 1, S, S, S), the gland; `moving_points`, `fixed_points` (B, K, 3), voxels
-    of the cube, NaN where a pair has fewer labels or one lies outside the cube; `spacing` (B, 3), nominal mm.
+    1 fixed, and where glands were found those as channels 2 and 3; `moving_label`, `fixed_label` (B, 1, S, S, S), the
+    gland; `moving_points`, `fixed_points` (B, K, 3), voxels of the cube, NaN where a pair has fewer labels or one lies
+    outside the cube; `spacing` (B, 3), nominal mm.
 
     Args:
         dataset: pairs as `scripts.data.pairs.LoadPaird` leaves them, label 0 the gland.
