@@ -88,9 +88,11 @@ def here(runs: Sequence[Run], at_once: int = 1, cores: int | None = None) -> dic
             sys.exit(128 + signal.SIGTERM)
 
         before = signal.signal(signal.SIGTERM, stop)
-        failures = watch(runs, {run.key: pool.submit(run_fold, run, cores) for run in runs})
-        signal.signal(signal.SIGTERM, before)
-    return failures
+        try:
+            return watch(runs, {run.key: pool.submit(run_fold, run, cores) for run in runs})
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C no other begins
+            signal.signal(signal.SIGTERM, before)
 
 
 def cross_validate(

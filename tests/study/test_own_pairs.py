@@ -2,10 +2,15 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import yaml
-from conftest import run
+from conftest import ROOT, run
 from test_crossval import unsplit  # noqa: F401  a fixture
 
 from scripts.study.own_pairs import best_strength
@@ -36,6 +41,28 @@ def test_one_command_learns_both_stages_says_what_held_out_pairs_gain_and_its_re
     record = json.loads((tmp_path / "one" / "qc.json").read_text())
     assert record["weights"] == weights["ckpt_path"] and len(record["weights_sha256"]) == 2
     assert record["spread_mm"] >= 0 and record["max_displacement_mm"] > 0
+
+
+def test_after_ctrl_c_no_other_fold_begins(unsplit, tmp_path):  # noqa: F811
+    words = [
+        "scripts",
+        "learn",
+        str(unsplit / "train"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--folds=2",
+        "--cores=1",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    folder = tmp_path / "out" / "runs" / "segmentation"
+    while not (folder / "fold0" / "log.txt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    process.communicate(timeout=120)
+    assert process.returncode == 130 and not (folder / "fold1").exists()
 
 
 @pytest.mark.parametrize(("moved", "towards"), [(4, 4), (4, 1), (2, 1.6), (3, -1)])
