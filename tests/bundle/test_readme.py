@@ -40,6 +40,8 @@ ELSEWHERE = {  # how a command begins -> why it is not run here
     "torchrun": "tests/training/test_distributed.py",
     "python integrations/deploy/app.py": "tests/bundle/test_deploy.py, in an environment of its own",
     "python -m scripts register --moving MR_SERIES": "tests/data/test_dicom_registration.py",
+    "python -m scripts learn": "tests/study/test_own_pairs.py",
+    "python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out --overlay learned": "likewise",
     "python -m scripts crossval": "tests/study/test_crossval.py",
     "python -m scripts report": "tests/study/test_report.py",
     "python -m scripts sweep": "tests/phantoms/test_sweep.py",
@@ -56,6 +58,7 @@ SHRUNK = {  # a config or an overlay -> what is appended to a command that names
     "evaluate.json": {"refine_steps": 2},
     "train.json": {k: v for k, v in QUICK.items() if k != "initial_transform"},
     "segmentation.yaml": {"phantom_pool": 2, "spacing": 0.8},
+    "second_stage_weights.yaml": {"initial_channels": QUICK["initial_channels"]},
     "baseline.yaml": {k: v for k, v in TINY.items() if k != "initial_transform"} | {"refine_steps": 0},
 }
 
