@@ -443,6 +443,10 @@ class LandmarkDrivenLoss(nn.Module):
     counts at any distance, with the same pull, and all labels of a pair count in every step. The distance is squared
     where it is small and linear beyond (Huber), since landmarks are placed with errors of millimetres.
 
+    It counts both ways: from where the field takes the fixed point to the moving one, and from the fixed point to where
+    the moving one comes to lie, as a warped label does (§3.3). The first alone is least, as any regression is, where
+    the field takes all points towards their mean; its inverse then drives them apart.
+
     Args:
         similarity: of the gland, called with (warped label, fixed label, spacing).
         regulariser: called with the DDF.
@@ -470,13 +474,31 @@ class LandmarkDrivenLoss(nn.Module):
         similarity = self.similarity(warped, targets["fixed_label"], targets["spacing"])
         fixed, moving = targets["fixed_points"], targets["moving_points"]
         there = (fixed + moving).isfinite().all(-1)
-        at = fixed.nan_to_num()
-        off = sample(ddf, at.transpose(1, 2)[..., None, None])[..., 0, 0].transpose(1, 2) + at - moving.nan_to_num()
-        off = (off * targets["spacing"][:, None].to(off)).square().sum(-1).clamp_min(1e-6).sqrt()
+        fixed, moving = fixed.nan_to_num(), moving.nan_to_num()
+        forth = fixed + _at(ddf, fixed) - moving
+        back = moving - _at(ddf, _came_from(ddf.detach(), moving)) - fixed
+        off = torch.cat([forth, back], 1) * targets["spacing"][:, None].to(ddf)
+        off = off.square().sum(-1).clamp_min(1e-6).sqrt()
         off = torch.where(off < self.near, off.square() / (2 * self.near), off - self.near / 2)
-        distance = (off * there).sum() / there.sum().clamp_min(1)
+        distance = (off * there.repeat(1, 2)).sum() / (2 * there.sum()).clamp_min(1)
         value = similarity + self.points * distance + self.alpha * self.regulariser(ddf)
         return value + way_back(ddf, warped, targets)
+
+
+def _at(ddf: Tensor, points: Tensor) -> Tensor:
+    """A field (B, 3, X, Y, Z) at points (B, K, 3), voxels: (B, K, 3)."""
+    return sample(ddf, points.transpose(1, 2)[..., None, None])[..., 0, 0].transpose(1, 2)
+
+
+def _came_from(ddf: Tensor, points: Tensor, steps: int = 5) -> Tensor:
+    """Where a field takes points (B, K, 3) from, voxels: x with ``x + ddf(x)`` = point, as near as so many steps come.
+
+    Enough for a field that the bending energy keeps smooth; an exact inverse is `scripts.network.fields.inverse`.
+    """
+    x = points
+    for _ in range(steps):
+        x = points - _at(ddf, x)
+    return x
 
 
 def _maps_then_warp(

@@ -117,3 +117,20 @@ def test_the_loss_pulls_a_point_that_overlaps_with_nothing_and_leaves_out_those_
     there[:, 0] = 3
     reached = loss(there, batch) - LandmarkDrivenLoss(loss.similarity, loss.regulariser, points=0.0)(there, batch)
     assert abs(reached) < 1e-4
+
+
+def test_the_loss_of_points_is_that_of_the_exchanged_pair_under_the_inverse_field():
+    generator = torch.Generator().manual_seed(0)
+    label, middle = torch.ones(1, 1, 32, 32, 32), torch.full((3, 1, 1, 1), 15.5)
+    fixed, moving = (15.5 + 5 * torch.randn(1, 6, 3, generator=generator) for _ in range(2))
+    fixed, moving = fixed.clamp(6, 25), moving.clamp(6, 25)
+    points, spacing = LandmarkDrivenLoss(MultiscaleDiceLoss([0]), BendingEnergy(), 0, points=1.0), torch.ones(1, 3)
+
+    def of(scale, one, other):
+        ddf = ((scale - 1) * (identity_grid([32] * 3, torch.float32, "cpu") - middle))[None]
+        targets = {"moving_label": label, "fixed_label": label, "spacing": spacing.double()}
+        return points(ddf, targets | {"fixed_points": one, "moving_points": other})
+
+    without = {scale: of(scale, fixed * torch.nan, moving) for scale in (0.7, 1 / 0.7)}
+    there, back = (of(0.7, fixed, moving) - without[0.7], of(1 / 0.7, moving, fixed) - without[1 / 0.7])
+    assert there > 1 and there.item() == pytest.approx(back.item(), rel=0.03)
