@@ -117,30 +117,27 @@ def evaluate_labels(warped: Tensor, fixed: Tensor, spacing: Sequence[float]) -> 
     return [{"dsc": d.item(), "distance_mm": c.item()} for d, c in scores]
 
 
-def moved(before: Tensor, after: Tensor, fixed: MetaTensor, moving: MetaTensor) -> list[dict[str, float]]:
-    """One row per label: `off_mm`, how far its centroids are apart under the initial transform, `moved_mm`, how far the
-    field moves the fixed one, and `towards_mm`, how far of that way leads to the moving one, at most.
+def forward_distances(displacement: Tensor, fixed: MetaTensor, moving: MetaTensor) -> list[float]:
+    """How far from each label's moving centroid its fixed centroid is taken, mm; NaN where either label is empty.
 
-    A share s of the field would leave √(off² − 2 s moved towards + s² moved²): so its strength can be chosen later. All
-    are NaN where a label is empty in either image.
+    The distance of `evaluate_labels` is between the warped label and the fixed one: a point of the moving image taken
+    to the fixed one. The two are nearly the same, unless the field takes all points towards their mean: that makes this
+    one small and the other large.
 
     Args:
-        before, after: displacements (3, X, Y, Z), RAS mm, fixed grid: of the initial transform, and with a field.
+        displacement: shape (3, X, Y, Z), RAS mm, on the fixed grid.
         fixed, moving: labels (M, …), each on its own grid, channel m the same structure.
     """
-    both, rows = torch.stack([before, after]).double(), []
+    found = []
     for labels in zip(fixed.as_tensor(), moving.as_tensor(), strict=True):
         (at, x), (_, target) = (
             (voxel, affine[:3, :3] @ voxel + affine[:3, 3])
             for label, affine in zip(labels, (fixed.affine.double().cpu(), moving.affine.double().cpu()), strict=True)
             for voxel in centroid(label[None, None], (1, 1, 1)).cpu()
         )
-        start, end = x + fields.sample(both, at.nan_to_num().expand(2, 3)[..., None, None, None])[..., 0, 0, 0]
-        off, way = target - start, end - start
-        length = way.norm() + 0 * off.sum()  # NaN where one is
-        towards = off @ way / length.clamp_min(1e-9)
-        rows.append({"off_mm": off.norm().item(), "moved_mm": length.item(), "towards_mm": towards.item()})
-    return rows
+        u = fields.sample(displacement[None].double(), at.nan_to_num()[None, :, None, None, None])[0, :, 0, 0, 0]
+        found.append((x + u - target).norm().item())
+    return found
 
 
 def warped_away(label: Mapping[str, float]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,7 +15,14 @@ from ignite.engine import Engine, Events
 from scripts.data.datalist import TRUTH
 from scripts.data.files import write_csv
 from scripts.registration import qc
-from scripts.registration.metrics import hausdorff95, jacobian_statistics, moved, score_case, true_error, warped_away
+from scripts.registration.metrics import (
+    forward_distances,
+    hausdorff95,
+    jacobian_statistics,
+    score_case,
+    true_error,
+    warped_away,
+)
 from scripts.registration.transforms import to_original_grid
 
 WORDS = ("case", "patient", "flags")  # columns of cases.csv that hold no number
@@ -37,12 +44,19 @@ class EvaluationTable:
     Args:
         output_dir: where to write `cases.csv` and `landmarks.csv`; None writes nothing.
         limits: of the flags; None leaves them out.
+        strengths: shares of the field whose scores are written too, to `strengths.csv`, a row for each and each label.
     """
 
-    def __init__(self, output_dir: str | None = None, limits: Mapping[str, Any] | None = None) -> None:
-        self.output_dir, self.limits = output_dir, limits
+    def __init__(
+        self,
+        output_dir: str | None = None,
+        limits: Mapping[str, Any] | None = None,
+        strengths: Sequence[float] = (),
+    ) -> None:
+        self.output_dir, self.limits, self.strengths = output_dir, limits, strengths
         self.rows: list[dict] = []
         self.landmark_rows: list[dict] = []
+        self.strength_rows: list[dict] = []
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._reset)
@@ -51,7 +65,7 @@ class EvaluationTable:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._summarise)
 
     def _reset(self) -> None:
-        self.rows, self.landmark_rows = [], []
+        self.rows, self.landmark_rows, self.strength_rows = [], [], []
 
     def _start_clock(self) -> None:
         self._started = time.perf_counter()
@@ -75,10 +89,18 @@ class EvaluationTable:
                 case_after["true_error_mm"] = true_error(item["displacement"], truth, gland)
             name = {"case": item["case"], "patient": item["patient"]}
             empty = [warped_away(label) for label in labels_after]
-            ways = moved(initial_only["displacement"], item["displacement"], fixed, item["original_moving_label"])
-            for m, (first, end, way) in enumerate(zip(labels_before, labels_after, ways, strict=True)):
-                row = name | {"label": m} | _before(first) | end | {"empty_warped": empty[m]} | way
+            forward = (
+                forward_distances(one["displacement"], fixed, item["original_moving_label"])
+                for one in (initial_only, item)
+            )
+            for m, (first, end, *ways) in enumerate(zip(labels_before, labels_after, *forward, strict=True)):
+                others = dict(zip(("forward_before_mm", "forward_mm"), ways, strict=True))
+                row = name | {"label": m} | _before(first) | end | {"empty_warped": empty[m]} | others
                 self.landmark_rows.append(row)
+            for strength in self.strengths:
+                warped = to_original_grid(item, strength * output["pred"])["moving_label"]
+                for m, scores in enumerate(score_case(warped, fixed.as_tensor(), spacing)[1]):
+                    self.strength_rows.append(name | {"strength": strength, "label": m} | scores)
             checked = {}
             if self.limits is not None:
                 record = qc.quality(item, initial_only, qc.deformation(item), doubts)
@@ -99,5 +121,7 @@ class EvaluationTable:
             if values:
                 engine.state.metrics[name] = sum(values) if name == "empty_warped" else median(values)
         if self.output_dir is not None:
-            for name, rows in (("cases.csv", self.rows), ("landmarks.csv", self.landmark_rows)):
+            written = {"cases.csv": self.rows, "landmarks.csv": self.landmark_rows}
+            written |= {"strengths.csv": self.strength_rows} if self.strengths else {}
+            for name, rows in written.items():
                 write_csv(Path(self.output_dir) / name, rows)

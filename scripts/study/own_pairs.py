@@ -24,13 +24,14 @@ from scripts.data.datalist import check_output, datalist
 from scripts.data.files import written_whole
 from scripts.data.gate import check_dataset
 from scripts.data.root import CONFIGS
+from scripts.registration.metrics import target_registration_error
 from scripts.study.crossval import TABLES, here
 from scripts.study.plan import WEIGHTS, Run, deal, merged, runs_of, write_plan
 from scripts.study.tables import collect, landmark_distances
 
 STAGES = {"segmentation": ["segmentation.yaml", "own_pairs.yaml"], "second_stage": ["second_stage.yaml"]}
 SCORED = CONFIGS / "second_stage_weights.yaml"
-STRENGTHS = [step / 20 for step in range(21)]  # of the field, from which one is chosen
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the field, from which the one with the least mean TRE is chosen
 EPOCH = 100  # steps between checkpoints
 RESULT = "weights.yaml"
 
@@ -80,8 +81,9 @@ def learn(
             settings["segmentation_path"] = str(output / "runs" / "segmentation" / "fold{fold}" / WEIGHTS)
         overlays = {stage: [CONFIGS / name for name in configs]}
         runs = runs_of(overlays, plan | {"settings": settings}, str(absolute(dataset_dir)), output)
-        if not glands:
-            runs = [run._replace(evaluate=[]) for run in runs]  # the second stage's evaluation says what it is worth
+        # the second stage's evaluation says what both are worth, at all strengths of the field
+        scored = [f"--strength={max(STRENGTHS)}", f"--strengths={list(STRENGTHS)}"]
+        runs = [run._replace(evaluate=[*run.evaluate, *scored] if glands else []) for run in runs]
         print(f"\nStage {number} of {len(STAGES)}: {stage}", flush=True)
         todo = [run for run in runs if not run.done]
         failures = here(todo, at_once, available // at_once) if todo else {}
@@ -95,35 +97,32 @@ def learn(
 
 def conclude(output: Path, glands: Sequence[Run], fields: Sequence[Run]) -> str:
     """Choose the strength of the field, write OUT/weights.yaml, and say what held-out pairs say of it."""
-    cases, landmarks = (list(csv.DictReader((output / f"{name}.csv").open())) for name in ("cases", "landmarks"))
-    scored = merged([SCORED])
-    strength = best_strength(landmarks, scored["strength"])
+    rows = []
+    for run in fields:
+        with (Path(run.folder) / "evaluation" / "strengths.csv").open(newline="", encoding="utf-8") as file:
+            rows += list(csv.DictReader(file))
+    by_strength = {s: [row for row in rows if float(row["strength"]) == s] for s in STRENGTHS}
+    strength = min(STRENGTHS, key=lambda s: fmean(errors(by_strength[s])))
     weights = {
         "segmentation_path": [str(Path(run.folder) / WEIGHTS) for run in glands],
         "ckpt_path": [str(Path(run.folder) / WEIGHTS) for run in fields],
         "strength": strength,
     }
     with written_whole(output / RESULT) as file:
-        file.write(
-            "# Beside configs/inference.json or evaluate.json: both stages' weights, learned from one's own pairs.\n"
-        )
-        file.write(yaml.safe_dump(scored | weights, sort_keys=False))
-
-    def of_cases(column: str) -> list[float]:
-        return [float(row[column]) for row in cases if row[column] not in ("", "nan")]
-
-    lines = [f"{'held out, one network each':<36} initial transform  registered"]
-    for name, before, after in (
-        ("gland DSC, median", of_cases("dsc_before"), of_cases("dsc")),
-        ("TRE with gland, median mm", of_cases("tre_with_gland_before_mm"), of_cases("tre_with_gland_mm")),
-        ("landmarks, pooled median mm", *(_known(landmarks, c) for c in ("distance_before_mm", "distance_mm"))),
-    ):
-        digits = 3 if "DSC" in name else 2
-        lines.append(
-            f"{name:<36} {median(before):>17.{digits}f} {median(after):>11.{digits}f}" if before and after else name
-        )
+        file.write("# Beside configs/inference.json or evaluate.json: both stages, learned from one's own pairs.\n")
+        file.write(yaml.safe_dump(merged([SCORED]) | weights, sort_keys=False))
+    lines = [f"{'held out, one network a stage':<32}{'DSC':>8}{'TRE, mean mm':>15}{'landmarks, median mm':>23}"]
+    names = dict.fromkeys([0.0, strength, 1.0], "") | {1.0: "the whole field"}
+    names |= {strength: f"registered, strength {strength:g}"} | {0.0: "initial transform alone"}
+    for share, name in names.items():
+        scored = by_strength[share]
+        dsc = median(float(row["dsc"]) for row in scored if row["label"] == "0")
+        distances = [d for d in landmark_distances(scored) if not math.isnan(d)]
+        landmarks = f"{median(distances):.2f}" if distances else "none"
+        lines.append(f"{name:<32}{dsc:>8.3f}{fmean(errors(scored)):>15.2f}{landmarks:>23}")
+    if not strength:
+        lines.append("The second stage gains nothing on held-out pairs, and is off in weights.yaml (strength 0).")
     lines += [
-        f"Scored at strength {scored['strength']:g}; the strength with the least mean TRE, now set, is {strength:g}.",
         f"Register with all {len(fields)} networks of each stage:",
         "  python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out \\",
         f"    --overlay {output / RESULT}",
@@ -132,27 +131,10 @@ def conclude(output: Path, glands: Sequence[Run], fields: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def _known(landmarks: Sequence[Mapping[str, str]], column: str) -> list[float]:
-    found = landmark_distances([dict(row) | {"distance_mm": row[column]} for row in landmarks])
-    return [d for d in found if not math.isnan(d)]
-
-
-def best_strength(landmarks: Sequence[Mapping[str, str]], used: float) -> float:
-    """The share of a field with the least mean TRE, the gland's centroid with the landmarks.
-
-    Args:
-        landmarks: rows of landmarks.csv.
-        used: the strength at which they were scored.
-    """
-
-    def mean_tre(strength: float) -> float:
-        squares: dict[str, list[float]] = {}
-        for row in landmarks:
-            off, moved, towards = (float(row[name] or "nan") for name in ("off_mm", "moved_mm", "towards_mm"))
-            share = strength / used
-            left = off**2 - 2 * share * moved * towards + (share * moved) ** 2
-            if not math.isnan(left):
-                squares.setdefault(row["case"], []).append(max(0, left))
-        return fmean(math.sqrt(fmean(own)) for own in squares.values())
-
-    return min(STRENGTHS, key=mean_tre)
+def errors(rows: Sequence[Mapping[str, str]]) -> list[float]:
+    """TRE of each case in mm, the gland's centroid with the landmarks; rows as those of landmarks.csv."""
+    cases: dict[str, list[float]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(float(row["distance_mm"] or "nan"))
+    found = [target_registration_error(distances) for distances in cases.values()]
+    return [tre for tre in found if not math.isnan(tre)]

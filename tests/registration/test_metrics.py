@@ -7,6 +7,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from scripts.network import fields
 from scripts.registration import metrics
 
 
@@ -133,7 +134,7 @@ def test_folding_is_counted_inside_a_label_when_one_is_given():
         assert found["folded_gland_percent"] == folded and found["folded_percent"] > 20
 
 
-def test_how_far_a_field_moves_a_centroid_and_how_far_it_should_have():
+def test_the_distance_from_where_a_field_takes_a_centroid_in_any_two_worlds():
     fixed, moving = np.eye(4), np.diag([2.0, 1, 1.5, 1])
     fixed[:3, 3], moving[:3, 3] = (5, -3, 2), (1, 1, -2)
     labels = [torch.zeros(2, 12, 12, 12) for _ in range(2)]
@@ -142,14 +143,19 @@ def test_how_far_a_field_moves_a_centroid_and_how_far_it_should_have():
     labels[0][1, 2, 3, 4] = 1  # and not in the moving image
     x, y = (torch.from_numpy(affine[:3, :3] @ np.full(3, 5.5) + affine[:3, 3]) for affine in (fixed, moving))
     start, way = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.5, 1.0, 2.0])
-    before = start.view(3, 1, 1, 1).expand(3, 12, 12, 12)
-    after = (start + way).view(3, 1, 1, 1).expand(3, 12, 12, 12)
     maps = [MetaTensor(label, affine=affine) for label, affine in zip(labels, (fixed, moving), strict=True)]
-    found, absent = metrics.moved(before, after, *maps)
-    assert all(math.isnan(value) for value in absent.values())
-    for share in (0, 0.5, 1, 2):
-        left = found["off_mm"] ** 2 - 2 * share * found["moved_mm"] * found["towards_mm"]
-        left = math.sqrt(left + (share * found["moved_mm"]) ** 2)
-        assert left == pytest.approx((x + start + share * way - y).norm().item(), rel=1e-6)
-    still = metrics.moved(before, before, *maps)[0]
-    assert still["moved_mm"] == 0 and still["off_mm"] == found["off_mm"]
+    for share in (0, 0.5, 1):
+        u = (start + share * way).view(3, 1, 1, 1).expand(3, 12, 12, 12)
+        found, absent = metrics.forward_distances(u, *maps)
+        assert found == pytest.approx((x + start + share * way - y).norm().item(), rel=1e-6) and math.isnan(absent)
+
+
+def test_a_field_that_takes_all_points_to_their_mean_is_small_forward_and_large_as_a_warped_label():
+    label = torch.zeros(2, 40, 40, 40)
+    label[0, 16:19, 18:22, 18:22], label[1, 20:23, 18:22, 18:22] = 1, 1
+    here, there = (MetaTensor(one, affine=torch.eye(4)) for one in (label, label.flip(0)))  # 4 apart, and exchanged
+    grid = torch.stack(torch.meshgrid(*[torch.arange(40.0)] * 3, indexing="ij"))
+    u = 0.8 * (torch.tensor([19.0, 19.5, 19.5]).view(3, 1, 1, 1) - grid)
+    warped = fields.warp(there.as_tensor()[None], u[None])[0]
+    backward = [row["distance_mm"] for row in metrics.evaluate_labels(warped, label, (1, 1, 1))]
+    assert max(metrics.forward_distances(u, here, there)) < 4 < 10 < min(backward)

@@ -13,7 +13,7 @@ import yaml
 from conftest import ROOT, run
 from test_crossval import unsplit  # noqa: F401  a fixture
 
-from scripts.study.own_pairs import best_strength
+from scripts.study.own_pairs import errors
 
 STEPS = ("--segmentation_iterations", "1", "--second_stage_iterations", "2", "--folds", "2")
 
@@ -27,7 +27,15 @@ def test_one_command_learns_both_stages_says_what_held_out_pairs_gain_and_its_re
     assert "4 pairs of 4 patients, 2 folds" in said and "Research use only" in said and "initial transform" in said
     cases = list(csv.DictReader((out / "cases.csv").open()))
     assert len({row["case"] for row in cases}) == 4 and all(float(row["spread_mm"]) >= 0 for row in cases)
+    strengths = list(csv.DictReader((out / "runs" / "second_stage" / "fold0" / "evaluation" / "strengths.csv").open()))
+    landmarks = list(csv.DictReader((out / "landmarks.csv").open()))
+    for row in strengths:  # nothing of the field is the initial transform, all of it what was evaluated
+        (same,) = [one for one in landmarks if (one["case"], one["label"]) == (row["case"], row["label"])]
+        for strength, column in ((0, "distance_before_mm"), (1, "distance_mm")):
+            if float(row["strength"]) == strength:
+                assert float(row["distance_mm"]) == pytest.approx(float(same[column]), abs=1e-4)
     weights = yaml.safe_load((out / "weights.yaml").read_text())
+    assert weights["strength"] in (0, 0.25, 0.5, 0.75, 1)
     for fold in range(2):  # neither stage has seen the pairs that it is tested on
         log = (out / "runs" / "second_stage" / f"fold{fold}" / "log.txt").read_text(errors="replace")
         assert f"runs/segmentation/fold{fold}/model.pt" in log and f"segmentation/fold{1 - fold}" not in log
@@ -65,9 +73,7 @@ def test_after_ctrl_c_no_other_fold_begins(unsplit, tmp_path):  # noqa: F811
     assert process.returncode == 130 and not (folder / "fold1").exists()
 
 
-@pytest.mark.parametrize(("moved", "towards"), [(4, 4), (4, 1), (2, 1.6), (3, -1)])
-def test_the_strength_is_the_share_of_the_field_that_leaves_least(moved, towards):
-    rows = [{"case": "a", "off_mm": "9", "moved_mm": f"{moved}", "towards_mm": f"{towards}"}]
-    rows += [{"case": "a", "off_mm": "nan", "moved_mm": "nan", "towards_mm": ""}]  # a label that is not there
-    wanted = min(1, max(0, 0.75 * towards / moved))  # it was scored at 0.75
-    assert best_strength(rows, 0.75) == pytest.approx(wanted, abs=0.026)
+def test_the_errors_of_cases_leave_out_what_is_not_there():
+    rows = [("a", "3"), ("a", "4"), ("b", ""), ("c", "nan"), ("c", "2")]
+    found = errors([{"case": case, "distance_mm": distance} for case, distance in rows])
+    assert found == pytest.approx([12.5**0.5, 2])
