@@ -62,7 +62,12 @@ def test_after_ctrl_c_no_other_fold_begins(unsplit, tmp_path):  # noqa: F811
         "--cores=1",
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", *words], cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background may ignore it
     )
     folder = tmp_path / "out" / "runs" / "segmentation"
     while not (folder / "fold0" / "log.txt").exists():
