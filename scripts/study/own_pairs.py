@@ -111,7 +111,7 @@ def conclude(output: Path, glands: Sequence[Run], fields: Sequence[Run]) -> str:
     with written_whole(output / RESULT) as file:
         file.write("# Beside configs/inference.json or evaluate.json: both stages, learned from one's own pairs.\n")
         file.write(yaml.safe_dump(merged([SCORED]) | weights, sort_keys=False))
-    lines = [f"{'held out, one network a stage':<32}{'DSC':>8}{'TRE, mean mm':>15}{'landmarks, median mm':>23}"]
+    lines = [f"{'held out, one network a stage':<32}{'DSC, median':>13}{'TRE, mean mm':>15}{'landmarks, median mm':>23}"]
     names = dict.fromkeys([0.0, strength, 1.0], "") | {1.0: "the whole field"}
     names |= {strength: f"registered, strength {strength:g}"} | {0.0: "initial transform alone"}
     for share, name in names.items():
@@ -119,7 +119,7 @@ def conclude(output: Path, glands: Sequence[Run], fields: Sequence[Run]) -> str:
         dsc = median(float(row["dsc"]) for row in scored if row["label"] == "0")
         distances = [d for d in landmark_distances(scored) if not math.isnan(d)]
         landmarks = f"{median(distances):.2f}" if distances else "none"
-        lines.append(f"{name:<32}{dsc:>8.3f}{fmean(errors(scored)):>15.2f}{landmarks:>23}")
+        lines.append(f"{name:<32}{dsc:>13.3f}{fmean(errors(scored)):>15.2f}{landmarks:>23}")
     if not strength:
         lines.append("The second stage gains nothing on held-out pairs, and is off in weights.yaml (strength 0).")
     lines += [
