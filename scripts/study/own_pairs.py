@@ -111,7 +111,7 @@ def conclude(output: Path, glands: Sequence[Run], fields: Sequence[Run]) -> str:
     with written_whole(output / RESULT) as file:
         file.write("# Beside configs/inference.json or evaluate.json: both stages, learned from one's own pairs.\n")
         file.write(yaml.safe_dump(merged([SCORED]) | weights, sort_keys=False))
-    lines = [f"{'held out, one network a stage':<32}{'DSC, median':>13}{'TRE, mean mm':>15}{'landmarks, median mm':>23}"]
+    lines = [f"{'held out, one network each':<32}{'DSC, median':>13}{'TRE, mean mm':>15}{'landmarks, median mm':>23}"]
     names = dict.fromkeys([0.0, strength, 1.0], "") | {1.0: "the whole field"}
     names |= {strength: f"registered, strength {strength:g}"} | {0.0: "initial transform alone"}
     for share, name in names.items():
