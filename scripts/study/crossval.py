@@ -81,17 +81,22 @@ def here(runs: Sequence[Run], at_once: int = 1, cores: int | None = None) -> dic
     """
     with ThreadPoolExecutor(at_once) as pool:
 
-        def stop(*_: Any) -> None:  # and leave when the trainings have saved their places
+        def end() -> None:  # none begins, and those that run save their places
             pool.shutdown(wait=False, cancel_futures=True)
             for process in RUNNING.copy():
                 process.terminate()
+
+        def stop(*_: Any) -> None:
+            end()
             sys.exit(128 + signal.SIGTERM)
 
         before = signal.signal(signal.SIGTERM, stop)
         try:
             return watch(runs, {run.key: pool.submit(run_fold, run, cores) for run in runs})
+        except KeyboardInterrupt:
+            end()
+            raise
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C no other begins
             signal.signal(signal.SIGTERM, before)
 
 

@@ -14,6 +14,7 @@ from conftest import ROOT, run
 from test_crossval import unsplit  # noqa: F401  a fixture
 
 from scripts.study.own_pairs import errors
+from scripts.study.watch import tail
 
 STEPS = ("--segmentation_iterations", "1", "--second_stage_iterations", "2", "--folds", "2")
 
@@ -70,7 +71,7 @@ def test_after_ctrl_c_no_other_fold_begins(unsplit, tmp_path):  # noqa: F811
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background may ignore it
     )
     folder = tmp_path / "out" / "runs" / "segmentation"
-    while not (folder / "fold0" / "log.txt").exists():
+    while "Training" not in tail(folder / "fold0" / "log.txt"):
         assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
