@@ -66,6 +66,11 @@ def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: 
     return _sample(image, torch.stack(axes[::-1], dim=-1), mode, padding_mode)
 
 
+def at_points(field: Tensor, points: Tensor) -> Tensor:
+    """A field (B, 3, X, Y, Z) at points (B, K, 3), voxels, its border beyond it: (B, K, 3)."""
+    return sample(field, points.transpose(1, 2)[..., None, None])[..., 0, 0].transpose(1, 2)
+
+
 def resample(
     image: Tensor,
     to_image: Tensor,

@@ -20,7 +20,7 @@ from monai.losses import BendingEnergyLoss
 from monai.transforms.utils import distance_transform_edt
 from torch import Tensor, nn
 
-from scripts.network.fields import identity_grid, jacobian_determinant, sample, warp
+from scripts.network.fields import at_points, identity_grid, jacobian_determinant, warp
 
 PAPER_SCALES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # mm, §3.2
 
@@ -475,19 +475,14 @@ class LandmarkDrivenLoss(nn.Module):
         fixed, moving = targets["fixed_points"], targets["moving_points"]
         there = (fixed + moving).isfinite().all(-1)
         fixed, moving = fixed.nan_to_num(), moving.nan_to_num()
-        forth = fixed + _at(ddf, fixed) - moving
-        back = moving - _at(ddf, _came_from(ddf.detach(), moving)) - fixed
+        forth = fixed + at_points(ddf, fixed) - moving
+        back = moving - at_points(ddf, _came_from(ddf.detach(), moving)) - fixed
         off = torch.cat([forth, back], 1) * targets["spacing"][:, None].to(ddf)
         off = off.square().sum(-1).clamp_min(1e-6).sqrt()
         off = torch.where(off < self.near, off.square() / (2 * self.near), off - self.near / 2)
         distance = (off * there.repeat(1, 2)).sum() / (2 * there.sum()).clamp_min(1)
         value = similarity + self.points * distance + self.alpha * self.regulariser(ddf)
         return value + way_back(ddf, warped, targets)
-
-
-def _at(ddf: Tensor, points: Tensor) -> Tensor:
-    """A field (B, 3, X, Y, Z) at points (B, K, 3), voxels: (B, K, 3)."""
-    return sample(ddf, points.transpose(1, 2)[..., None, None])[..., 0, 0].transpose(1, 2)
 
 
 def _came_from(ddf: Tensor, points: Tensor, steps: int = 5) -> Tensor:
@@ -497,7 +492,7 @@ def _came_from(ddf: Tensor, points: Tensor, steps: int = 5) -> Tensor:
     """
     x = points
     for _ in range(steps):
-        x = points - _at(ddf, x)
+        x = points - at_points(ddf, x)
     return x
 
 

@@ -135,7 +135,7 @@ def forward_distances(displacement: Tensor, fixed: MetaTensor, moving: MetaTenso
             for label, affine in zip(labels, (fixed.affine.double().cpu(), moving.affine.double().cpu()), strict=True)
             for voxel in centroid(label[None, None], (1, 1, 1)).cpu()
         )
-        u = fields.sample(displacement[None].double(), at.nan_to_num()[None, :, None, None, None])[0, :, 0, 0, 0]
+        u = fields.at_points(displacement[None].double(), at.nan_to_num()[None, None])[0, 0]
         found.append((x + u - target).norm().item())
     return found
 

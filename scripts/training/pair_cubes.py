@@ -1,7 +1,8 @@
 """Training batches for the second stage: pairs in the cube of the fixed gland, aligned as an initial transform would.
 
 Pairs are aligned by the centroids of their *labelled* glands, and each draw adds the error that a learned initial
-transform makes: so no gland network takes part, and none has seen its own training pairs.
+transform makes: so no pair begins better than it will because the gland networks have learned from it. They only add
+the glands that they find as channels.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from monai.data import MetaTensor
 from monai.networks.layers import GaussianFilter
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
 from scripts.data.checks import InputError
 from scripts.network import fields
 from scripts.registration.segmentation import CLOSE, NOMINAL, close_up, coarsened, cube_affine, frame, moments
-from scripts.training.cohort import SIDES, Pool
+from scripts.training.cohort import SIDES, CohortLoader
 
 MARGIN = {"fixed": 1.25, "moving": 1.5}  # of the cubes that are kept, so that what is turned or moved is still there
 KNOTS = 5  # along each axis, between which a random warp is linear
@@ -33,7 +33,7 @@ def nominal_voxel(side: int) -> float:
     return CLOSE * NOMINAL / side
 
 
-class PairCubeLoader:
+class PairCubeLoader(CohortLoader):
     """Endless variety from labelled pairs, real and simulated, each in the cube of its fixed gland.
 
     A draw turns, stretches, mirrors and shifts both images together; the moving one alone once more, by the error of an
@@ -46,16 +46,12 @@ class PairCubeLoader:
     outside the cube; `spacing` (B, 3), nominal mm.
 
     Args:
-        dataset: pairs as `scripts.data.pairs.LoadPaird` leaves them, label 0 the gland.
-        batch_size: pairs of a batch, of all processes together.
-        epoch_length: batches of a pass.
-        device: where the cohort lives and the batches are made.
+        arguments: those of `CohortLoader`; pairs are as `scripts.data.pairs.LoadPaird` leaves them, label 0 the gland.
         side: voxels along each edge of the cube.
         augmentation: scale of what both images share and of the grey levels; 0 switches it off.
         start_error: scale of the error of the initial transform.
         warp: standard deviation of the random warp at its knots, nominal mm.
         seed: of the draws.
-        num_workers, simulated, share, pool, rank, world_size: as of `scripts.training.cohort.CohortLoader`.
 
     Raises:
         InputError: no pair, a pair without a gland, or a batch that cannot be shared out evenly.
@@ -63,41 +59,24 @@ class PairCubeLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
-        batch_size: int,
-        epoch_length: int,
-        device: torch.device | str,
+        *arguments: Any,
         side: int = 32,
         augmentation: float = 1.0,
         start_error: float = 1.0,
         warp: float = 0.0,
         seed: int = 0,
-        num_workers: int = 0,
-        simulated: Dataset | None = None,
-        share: float = 0.0,
-        pool: int = 32,
-        rank: int = 0,
-        world_size: int = 1,
+        **named: Any,
     ) -> None:
-        if batch_size % world_size:
-            raise InputError(f"batch_size {batch_size}: {world_size} processes cannot share it evenly; give a multiple")
-        own = batch_size // world_size
-        self.mine = slice(rank * own, (rank + 1) * own)
-        self.batch_size, self.epoch_length, self.device = batch_size, epoch_length, torch.device(device)
-        self.side, self.augmentation, self.start_error, self.warp = side, augmentation, start_error, warp
-        self.random = torch.Generator(self.device).manual_seed(seed)
-        self.pool = Pool(dataset, simulated, share, pool, self._keep, num_workers)
-
-    def __len__(self) -> int:
-        return self.epoch_length
+        self.side, self.start_error, self.warp = side, start_error, warp
+        super().__init__(*arguments, augmentation=augmentation, seed=seed, **named)
+        self.draws = torch.Generator(self.device).manual_seed(seed)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the draws, for a checkpoint."""
-        return {"random": self.random.get_state(), "made": self.pool.made, "batches": self.pool.batches}
+        return super().state_dict() | {"draws": self.draws.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.random.set_state(state["random"].cpu())
-        self.pool.load_place(state["made"], state["batches"])
+        super().load_state_dict(state)
+        self.draws.set_state(state["draws"].cpu())
 
     def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Image and gland of either side in its cube, half precision, and the labels' centroids from its centre."""
@@ -108,7 +87,7 @@ class PairCubeLoader:
         axes = frame(data["fixed_image"])[1]
         start = torch.eye(4, dtype=torch.float64)
         start[:3, 3] = moments(data["moving_label"][:1])[0] - moments(fixed_gland)[0]
-        kept: dict[str, Any] = {"case": data["case"], "voxel_mm": length / self.side}
+        kept: dict[str, Any] = {"case": data["case"]}
         both = [m for m in range(len(data["fixed_label"])) if all(data[f"{s}_label"][m].any() for s in SIDES)]
         for name in SIDES:
             to_world = start if name == "moving" else torch.eye(4, dtype=torch.float64)
@@ -136,10 +115,10 @@ class PairCubeLoader:
             yield self._batch(pairs[self.mine], {key: value[self.mine] for key, value in changes.items()})
 
     def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(self.batch_size, *shape, generator=self.random, device=self.device)
+        return torch.randn(self.batch_size, *shape, generator=self.draws, device=self.device)
 
     def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(self.batch_size, *shape, generator=self.random, device=self.device)
+        return torch.rand(self.batch_size, *shape, generator=self.draws, device=self.device)
 
     def _drawn(self) -> list[dict[str, Any]]:
         simulated, which = self._uniform(2).T.tolist()
@@ -217,9 +196,8 @@ class PairCubeLoader:
         ]
         image = image * sum(slope).exp()
         for b, m in (change["blur"] > 0).nonzero().tolist():
-            image[b, m] = GaussianFilter(3, change["blur"][b, m].item()).to(self.device)(image[b : b + 1, m : m + 1])[
-                0, 0
-            ]
+            blur = GaussianFilter(3, change["blur"][b, m].item()).to(self.device)
+            image[b, m] = blur(image[b : b + 1, m : m + 1])[0, 0]
         return image + change["noise"]
 
 
@@ -242,7 +220,6 @@ def _before(points: Tensor, change: Mapping[str, Tensor], bent: Tensor) -> Tenso
     if not bent.any():
         return at
     for _ in range(20):  # a warp that does not fold contracts
-        places = at.nan_to_num().transpose(1, 2)[..., None, None] + (bent.shape[-1] - 1) / 2
-        there = fields.sample(bent, places)[..., 0, 0].transpose(1, 2)
+        there = fields.at_points(bent, at.nan_to_num() + (bent.shape[-1] - 1) / 2)
         at = torch.einsum("bij,bkj->bki", back, away - there)
     return at
