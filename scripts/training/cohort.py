@@ -27,7 +27,6 @@ from scripts.registration.transforms import from_grid
 SIDES = ("moving", "fixed")
 MIXTURES = {"mixed": ("realistic", "randomised"), "all": MODES}
 CLINICAL_PIXELS = (96, 144)  # along an edge of a slice
-RENEWAL = 4  # batches until a simulated pair is replaced by a new one
 
 
 def as_loaded(phantom: PhantomPair) -> dict[str, Any]:
@@ -93,6 +92,7 @@ class Pool:
         size: simulated pairs kept at a time.
         keep: what to keep of a pair.
         num_workers: processes that read the cohort.
+        renewal: batches until the oldest simulated pair is replaced by a new one.
 
     Raises:
         InputError: nothing to draw from.
@@ -106,13 +106,14 @@ class Pool:
         size: int,
         keep: Callable[[Mapping[str, Any]], dict[str, Any]],
         num_workers: int = 0,
+        renewal: int = 4,
     ) -> None:
         self.pairs = []
         for pair in tqdm(read(dataset, num_workers), desc="Reading", unit="pair", disable=len(dataset) < 2):
             if isinstance(pair, InputError):
                 raise pair
             self.pairs.append(keep(pair))
-        self.simulated, self.keep, self.share = simulated, keep, share if self.pairs else 1.0
+        self.simulated, self.keep, self.renewal, self.share = simulated, keep, renewal, share if self.pairs else 1.0
         count = range(size if simulated is not None and self.share > 0 else 0)
         self.phantoms = [keep(simulated[i]) for i in tqdm(count, desc="Simulating", unit="pair", disable=not count)]
         self.made, self.batches = len(self.phantoms), 0
@@ -129,9 +130,9 @@ class Pool:
         return among[random.integers(len(among))]
 
     def renew(self) -> None:
-        """Count a batch; at every fourth (`RENEWAL`) replace the oldest simulated pair by a new one."""
+        """Count a batch; after every `renewal` of them replace the oldest simulated pair by a new one."""
         self.batches += 1
-        if self.phantoms and self.batches % RENEWAL == 0:
+        if self.phantoms and self.batches % self.renewal == 0:
             self.phantoms[self.made % len(self.phantoms)] = self.keep(self.simulated[self.made])
             self.made += 1
 
@@ -181,7 +182,7 @@ class CohortLoader:
         augmentation: the strength of `corner_affine`; 0 switches it off.
         seed: of the draws.
         num_workers: processes that read the files.
-        simulated, share, pool: see `Pool`; a simulated pair is replaced every few batches.
+        simulated, share, pool, renewal: see `Pool`.
         rank, world_size: which of how many processes this is.
 
     Raises:
@@ -200,6 +201,7 @@ class CohortLoader:
         simulated: Dataset | None = None,
         share: float = 0.0,
         pool: int = 32,
+        renewal: int = 4,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -212,7 +214,7 @@ class CohortLoader:
         self.device = torch.device(device)
         self.augmentation = augmentation
         self.random = np.random.default_rng(seed)
-        self.pool = Pool(dataset, simulated, share, pool, self._keep, num_workers)
+        self.pool = Pool(dataset, simulated, share, pool, self._keep, num_workers, renewal)
 
     def __len__(self) -> int:
         return self.epoch_length

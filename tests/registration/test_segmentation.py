@@ -34,7 +34,7 @@ from scripts.registration.transforms import (
     ToOriginalGridd,
     to_original_grid,
 )
-from scripts.training.cohort import RENEWAL, CohortLoader, SimulatedPairs
+from scripts.training.cohort import CohortLoader, SimulatedPairs
 from scripts.training.gland_cubes import GlandLoader
 
 
@@ -487,7 +487,7 @@ class Shifted(torch.utils.data.Dataset):
 
 
 def test_simulated_pairs_are_renewed_and_drawn_with_their_share():
-    loader = GlandLoader([single("real")], 8, 3 * RENEWAL + 1, "cpu", simulated=Shifted(), share=0.5, pool=3)
+    loader = GlandLoader([single("real")], 8, 19, "cpu", simulated=Shifted(), share=0.5, pool=3, renewal=6)
     before = list(loader.pool.phantoms)
     draws = [case for batch in loader for case in batch["case"]]
     assert loader.pool.made == 6 and not any(p is q for p in loader.pool.phantoms for q in before)
