@@ -449,3 +449,24 @@ class NoField(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return torch.zeros_like(image[:, :1], dtype=torch.float32).repeat(1, 3, 1, 1, 1)
+
+
+class MeanField(nn.Module):
+    """One field for all pairs, which sees no image: (B, C, X, Y, Z) -> DDF (B, 3, X, Y, Z) in voxels.
+
+    A yardstick for networks that do: in the cube of the gland it learns the motion that the pairs of a cohort have in
+    common, and what a network gains over it has been read from the images. Linear between its knots; begins at zero.
+
+    Args:
+        knots: along each axis, from the first to the last voxel.
+        step: voxels that the field changes by when a knot changes by 1, so that it keeps up with a network's rate.
+    """
+
+    def __init__(self, knots: int = 5, step: float = 10.0) -> None:
+        super().__init__()
+        self.knots, self.step = nn.Parameter(torch.zeros(1, 3, knots, knots, knots)), step
+
+    def forward(self, image: Tensor) -> Tensor:
+        size = list(image.shape[2:])
+        field = F.interpolate(self.step * self.knots.float(), size, mode="trilinear", align_corners=True)
+        return field.expand(len(image), -1, -1, -1, -1)

@@ -126,19 +126,26 @@ def in_fold(value: Any, fold: int) -> Any:
     return value.replace("{fold}", str(fold)) if isinstance(value, str) else value
 
 
+def scored_by(overlay: Path) -> Path:
+    """The overlay that takes the place of this one where weights are scored; itself where none is named."""
+    named = merged([overlay]).get("evaluated_by")
+    return CONFIGS / named if named else overlay
+
+
 def runs_of(variants: Mapping[str, list[Path]], plan: dict[str, Any], dataset: str, output: Path) -> list[Run]:
     """Every variant on every fold.
 
     Two keys of an overlay are read here alone: `iterations: 0` says that nothing is learned, and `evaluated_by` names
-    the overlay of evaluate.json, in configs/, with which the weights are scored instead of the variant's own overlays.
-    The evaluation gets those settings that evaluate.json has too.
+    the overlay of evaluate.json, in configs/, that takes its place where the weights are scored. The evaluation gets
+    those settings that evaluate.json has too.
     """
     shared = set(json.loads((CONFIGS / "evaluate.json").read_text(encoding="utf-8")))
     runs = []
     for variant, overlays in variants.items():
         declared = merged(overlays)
-        scored_by = declared.get("evaluated_by")
-        scored_with = [CONFIGS / scored_by] if scored_by else [CONFIGS / "baseline.yaml", *overlays]
+        scored_with = [scored_by(overlay) for overlay in overlays]
+        if scored_with == overlays:
+            scored_with = [CONFIGS / "baseline.yaml", *overlays]
         for fold, patients in enumerate(plan["folds"]):
             folder = output / "runs" / variant / f"fold{fold}"
             place = {"dataset_dir": dataset, "fold": fold, "fold_count": len(plan["folds"])}

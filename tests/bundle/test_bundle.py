@@ -26,6 +26,11 @@ REGISTER_ONLY = {
     "segmentation_weights.yaml",
     "variant_rigid.yaml",
 }
+BELOW = {  # the overlay that one stands upon
+    "fine_tune.yaml": "segmentation.yaml",
+    "own_pairs.yaml": "segmentation.yaml",
+    "variant_mean_field.yaml": "second_stage.yaml",
+}
 OVERLAYS = [path for path in CONFIGS.glob("*.yaml") if not path.is_symlink()]  # a link is an old name of another
 OVERLAYS = sorted({p.name for p in OVERLAYS if merged([p]).get("iterations") != 0} - REGISTER_ONLY)
 
@@ -152,7 +157,7 @@ def test_inference_registers_every_pair_of_a_folder(trained, cohort, tmp_path):
 def test_each_overlay_trains_a_step(name, two_pairs, tmp_path):
     settings = {"dataset_dir": two_pairs, "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)} | QUICK
     settings |= {"phantom_pool": 2, "batch_size": 1, "iterations": 1, "epoch_length": 1}
-    below = [str(CONFIGS / "segmentation.yaml")] if name in ("fine_tune.yaml", "own_pairs.yaml") else []
+    below = [str(CONFIGS / BELOW[name])] if name in BELOW else []
     files = [str(CONFIGS / "train.json"), *below, str(CONFIGS / name)]
     workflow = ConfigWorkflow(files, logging_file=False, **settings)
     workflow.initialize()

@@ -6,7 +6,7 @@ import torch
 from scipy.ndimage import map_coordinates
 from torch.nn import functional as F
 
-from scripts.network.networks import CompositeNet, ConvBN, GlobalNet, SummedDDFNet, additive_upsampling
+from scripts.network.networks import CompositeNet, ConvBN, GlobalNet, MeanField, SummedDDFNet, additive_upsampling
 
 ALL = (0, 1, 2, 3, 4)
 LOWER = (1, 2, 3, 4)
@@ -537,3 +537,16 @@ def test_the_weights_of_a_wide_network_are_channels_last_also_when_loaded_and_ex
     for loaded in (net, torch.jit.load(str(tmp_path / "net.ts"))):
         weights = [p for p in loaded.parameters() if p.ndim == 5]
         assert all(w.is_contiguous(memory_format=torch.channels_last_3d) for w in weights)
+
+
+def test_the_mean_field_is_one_field_for_every_image_and_can_take_any_linear_one():
+    net = MeanField(knots=3, step=10.0)
+    images = torch.rand(2, 4, 9, 9, 9)
+    assert torch.equal(net(images), torch.zeros(2, 3, 9, 9, 9))
+    along = torch.linspace(-1, 1, 3)
+    with torch.no_grad():
+        net.knots[0, 1] = along[:, None, None] / 10
+    field = net(images)
+    assert torch.equal(field[0], field[1])
+    wanted = torch.linspace(-1, 1, 9)[:, None, None].expand(9, 9, 9)
+    assert torch.allclose(field[0, 1], wanted, atol=1e-6) and not field[0, [0, 2]].any()

@@ -17,7 +17,6 @@ from conftest import ROOT, TINY, flags, run
 
 from scripts.data.checks import InputError
 from scripts.data.datalist import FOLDERS
-from scripts.data.root import CONFIGS
 from scripts.phantoms.phantom import write_cohort
 from scripts.study.crossval import cross_validate, on_ray
 from scripts.study.fold import run_fold
@@ -260,14 +259,14 @@ def test_parts_of_a_variant_are_joined_in_their_order(tmp_path):
     assert name_of(f"delta0+{mine}") == "delta0+mine" and name_of("baseline") == "baseline"
 
 
-def test_what_learns_nothing_is_only_evaluated_and_the_start_is_scored_by_an_overlay_of_its_own(tmp_path):
+def test_what_learns_nothing_is_only_evaluated_and_an_overlay_names_the_one_that_scores_in_its_place(tmp_path):
     plan = {"folds": [{"p": ["a"]}], "fold_seed": 0, "settings": {"iterations": 9}}
-    variants = {name: overlays_of(name) for name in ("nmi+centroids", "segmentation+fine_tune")}
-    pairwise, start = runs_of(variants, plan, "/data", tmp_path)
+    variants = {name: overlays_of(name) for name in ("nmi+centroids", "second_stage+mean_field")}
+    pairwise, field = runs_of(variants, plan, "/data", tmp_path)
     assert pairwise.train == []
-    scored = [eval(run.evaluate[4]) for run in (pairwise, start)]
-    assert scored[0][2:] == [str(CONFIGS / f"variant_{name}.yaml") for name in ("nmi", "centroids")]
-    assert scored[1] == [str(CONFIGS / "evaluate.json"), str(CONFIGS / "segmentation_weights.yaml")]
+    scored = [[Path(file).name for file in eval(run.evaluate[4])] for run in (pairwise, field)]
+    assert scored[0] == ["evaluate.json", "baseline.yaml", "variant_nmi.yaml", "variant_centroids.yaml"]
+    assert scored[1] == ["evaluate.json", "second_stage_weights.yaml", "variant_mean_field.yaml"]
     assert progress(pairwise, 0)[0] == "waiting"
     Path(pairwise.folder).mkdir(parents=True)
     pairwise.log.write_text("$ python")
