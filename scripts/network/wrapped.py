@@ -67,17 +67,21 @@ class Standardised(nn.Module):
 
     Args:
         network: takes as many channels: the moving and the fixed image, and the glands where there are any.
+        images: False hides the images: the network sees two glands, which look alike whatever the scanner, and has no
+            grey level to remember a pair by.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, images: bool = True) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.images = network, images
 
     def forward(self, image: Tensor) -> Tensor:
+        glands = 2 * image[:, 2:] - 1
+        if not self.images:
+            return self.network(glands)
         pair = image[:, :2]
         mean, sd = pair.mean((2, 3, 4), keepdim=True), pair.std((2, 3, 4), keepdim=True)
-        pair = (pair - mean) / sd.clamp_min(1e-6)
-        return self.network(torch.cat([pair, 2 * image[:, 2:] - 1], dim=1))
+        return self.network(torch.cat([(pair - mean) / sd.clamp_min(1e-6), glands], dim=1))
 
 
 class Folded(nn.Module):

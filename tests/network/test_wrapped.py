@@ -6,7 +6,7 @@ from monai.networks.nets import LocalNet
 from torch import nn
 
 from scripts.network.fields import jacobian_determinant, warp
-from scripts.network.wrapped import Folded, ImagesAlone, Integrated, Padded
+from scripts.network.wrapped import Folded, ImagesAlone, Integrated, Padded, Standardised
 
 
 class Known(nn.Module):
@@ -75,3 +75,14 @@ def test_a_folded_network_sees_every_voxel_and_its_field_is_in_voxels_of_the_pai
 def test_images_alone_hides_the_glands():
     image = torch.rand(2, 4, 8, 8, 8)
     assert torch.equal(ImagesAlone(nn.Identity())(image), image[:, :2])
+
+
+def test_a_standardised_network_sees_no_brightness_and_without_images_the_glands_alone():
+    image = torch.rand(2, 4, 8, 8, 8)
+    other = torch.cat([3 * image[:, :2] + 5, image[:, 2:]], dim=1)
+    seen, again = (Standardised(nn.Identity())(pair) for pair in (image, other))
+    assert seen.shape == image.shape and torch.allclose(seen, again, atol=1e-4)
+    assert seen[:, :2].mean((2, 3, 4)).abs().max() < 1e-5
+    assert torch.allclose(seen[:, :2].std((2, 3, 4)), torch.ones(2, 2), atol=1e-4)
+    assert torch.equal(seen[:, 2:], 2 * image[:, 2:] - 1)
+    assert torch.equal(Standardised(nn.Identity(), images=False)(image), seen[:, 2:])
