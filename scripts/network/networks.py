@@ -455,7 +455,7 @@ class MeanField(nn.Module):
     """One field for all pairs, which sees no image: (B, C, X, Y, Z) -> DDF (B, 3, X, Y, Z) in voxels.
 
     A yardstick for networks that do: in the cube of the gland it learns the motion that the pairs of a cohort have in
-    common, and what a network gains over it has been read from the images. Linear between its knots; begins at zero.
+    common, and what a network gains over it has been read from what it sees. Linear between its knots; begins at zero.
 
     Args:
         knots: along each axis, from the first to the last voxel.
