@@ -261,12 +261,15 @@ def test_parts_of_a_variant_are_joined_in_their_order(tmp_path):
 
 def test_what_learns_nothing_is_only_evaluated_and_an_overlay_names_the_one_that_scores_in_its_place(tmp_path):
     plan = {"folds": [{"p": ["a"]}], "fold_seed": 0, "settings": {"iterations": 9}}
-    variants = {name: overlays_of(name) for name in ("nmi+centroids", "second_stage+mean_field")}
-    pairwise, field = runs_of(variants, plan, "/data", tmp_path)
+    variants = {
+        name: overlays_of(name) for name in ("nmi+centroids", "segmentation+fine_tune", "second_stage+mean_field")
+    }
+    pairwise, start, field = runs_of(variants, plan, "/data", tmp_path)
     assert pairwise.train == []
-    scored = [[Path(file).name for file in eval(run.evaluate[4])] for run in (pairwise, field)]
+    scored = [[Path(file).name for file in eval(run.evaluate[4])] for run in (pairwise, start, field)]
     assert scored[0] == ["evaluate.json", "baseline.yaml", "variant_nmi.yaml", "variant_centroids.yaml"]
-    assert scored[1] == ["evaluate.json", "second_stage_weights.yaml", "variant_mean_field.yaml"]
+    assert scored[1] == ["evaluate.json", "segmentation_weights.yaml", "fine_tune.yaml"]
+    assert scored[2] == ["evaluate.json", "second_stage_weights.yaml", "variant_mean_field.yaml"]
     assert progress(pairwise, 0)[0] == "waiting"
     Path(pairwise.folder).mkdir(parents=True)
     pairwise.log.write_text("$ python")
