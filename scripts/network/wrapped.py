@@ -1,12 +1,16 @@
-"""Networks around networks, (B, C, X, Y, Z) -> DDF (B, 3, X, Y, Z) in voxels: any size, a velocity, fewer channels."""
+"""Networks around networks, (B, C, X, Y, Z) -> DDF (B, 3, X, Y, Z) in voxels: any size, a velocity, fewer channels,
+and what the second stage makes of the paper's network."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from monai.networks.blocks import DVF2DDF
-from monai.networks.utils import pixelunshuffle
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from scripts.network.networks import SummedDDFNet
 
 
 class Padded(nn.Module):
@@ -99,6 +103,36 @@ class Folded(nn.Module):
         self.network = network
 
     def forward(self, image: Tensor) -> Tensor:
-        folded = pixelunshuffle(image, spatial_dims=3, scale_factor=2)
+        b, c, x, y, z = image.shape  # MONAI's pixelunshuffle computes the same, but not in TorchScript
+        blocks = image.reshape(b, c, x // 2, 2, y // 2, 2, z // 2, 2).permute(0, 1, 3, 5, 7, 2, 4, 6)
+        folded = blocks.reshape(b, 8 * c, x // 2, y // 2, z // 2)
         field = self.network(folded.contiguous(memory_format=torch.channels_last_3d))
-        return F.interpolate(2 * field, scale_factor=2, mode="trilinear", align_corners=False)
+        return F.interpolate(2 * field, scale_factor=2.0, mode="trilinear", align_corners=False)
+
+
+class SecondStageNet(Standardised):
+    """The network of the second stage: the paper's summed-DDF network at half the resolution of the gland's cube, with
+    small kernels and group normalisation, upon the glands found.
+
+    Args:
+        initial_channels, summands, additive: see `SummedDDFNet`.
+        images: True shows it the images beside the glands.
+    """
+
+    def __init__(
+        self,
+        initial_channels: int = 8,
+        images: bool = False,
+        summands: Sequence[int] = (1, 2, 3),
+        additive: bool = True,
+    ) -> None:
+        network = SummedDDFNet(
+            initial_channels,
+            in_channels=32 if images else 16,  # eight voxels of each map
+            summands=summands,
+            additive=additive,
+            levels=3,
+            first_kernel=3,
+            groups=1,
+        )
+        super().__init__(Folded(network), images)

@@ -13,6 +13,7 @@ from nibabel.orientations import aff2axcodes
 from torch import Tensor
 
 from scripts.data.axes import DIRECTIONS, OPPOSITE
+from scripts.network.segmentation import ORIENTATIONS
 
 CLEAR = 2.0  # a header is believed unless another way is likelier by this, in logarithms
 WAYS = tuple((swapped, back, down) for swapped in (0, 1) for back in (0, 1) for down in (0, 1))
@@ -34,6 +35,13 @@ def upright(cubes: Tensor, way: int) -> Tensor:
     """The inverse of `turned`."""
     swapped, *over = WAYS[way]
     return _flipped(cubes.transpose(-3, -2) if swapped else cubes, *over)
+
+
+def upright_axes(axes: Tensor, way: int) -> Tensor:
+    """Directions of the axes of an `upright` cube as columns (3, 3), from those of the cube as it is stored."""
+    swapped, back, down = WAYS[way]
+    axes = axes[:, [1, 0, 2]] if swapped else axes
+    return axes * torch.tensor([1, -1 if back else 1, -1 if down else 1]).to(axes)
 
 
 def after(way: int, turn: int) -> int:
@@ -77,3 +85,8 @@ def codes(affine: np.ndarray, way: int) -> str:
         if np.sign(np.linalg.det(np.array([DIRECTIONS[c] for c in found]))) == handed:
             break
     return "".join(found)
+
+
+def way_of(affine: np.ndarray, axes: str) -> int:
+    """The way whose `codes` these are."""
+    return next(way for way in range(ORIENTATIONS) if codes(affine, way) == axes)

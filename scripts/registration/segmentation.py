@@ -278,7 +278,7 @@ class SegmentGlandsd(Transform):
                 return None
             gland = MetaTensor(probability[None], affine=affine)
             (before, first), (centre, length) = (centre, length), close_up(gland)
-        inside = on_cube(MetaTensor(torch.ones_like(dark), affine=dark.affine), affine)[0, 0]
+        inside = on_cube(MetaTensor(torch.ones_like(dark.as_tensor()), affine=dark.affine), affine)[0, 0]
         return gland, {
             "agreement": agreement(predictions.cpu()),
             "blur": ((mean * (1 - mean)).sum() / (probability > 0.5).sum()).item(),

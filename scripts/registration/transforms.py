@@ -16,6 +16,7 @@ from scripts.data import checks, formats
 from scripts.data.datalist import IMAGES, KEYS, LABELS
 from scripts.network import fields
 from scripts.registration.initial_transform import align_glands, align_moments, read_initial_transform
+from scripts.registration.orientation import upright_axes, way_of
 from scripts.registration.segmentation import CLOSE, NOMINAL, close_up, coarsened, cube_affine, frame, moments
 
 GLANDS = ("moving_gland", "fixed_gland")
@@ -33,9 +34,10 @@ class PlanFixedGridd(MapTransform):
 
     Args:
         spacing: voxel size of the working grid in mm; None or "none" keeps the fixed file's. "gland" measures by the
-            fixed gland that was found: the cube of its second pass, whose `spacing` is in the millimetres of a gland of
-            nominal length, so that neither a small prostate nor a wrong voxel size in the headers changes anything; it
-            needs the glands that `scripts.registration.segmentation.SegmentGlandsd` adds.
+            fixed gland that was found: the cube of its second pass, upright as the gland networks believe it, whose
+            `spacing` is in the millimetres of a gland of nominal length, so that neither a small prostate nor a wrong
+            voxel size in the headers changes anything; it needs the glands that
+            `scripts.registration.segmentation.SegmentGlandsd` adds.
         initial_transform: "learned", see `align_glands`, between the glands that `segmentation.SegmentGlandsd`
             added; "centroids", the labelled glands' centroids coincide, an oracle that only evaluates; or see
             `read_initial_transform`.
@@ -118,7 +120,11 @@ class PlanFixedGridd(MapTransform):
     def _around_gland(data: Mapping[Hashable, MetaTensor]) -> tuple[Tensor, list[int], Tensor]:
         centre, length = close_up(data["fixed_gland"])
         nominal = torch.full((3,), CLOSE * NOMINAL / GRID, dtype=torch.float64)
-        return cube_affine(centre, frame(data["fixed_image"])[1], length, GRID), [GRID] * 3, nominal
+        axes = frame(data["fixed_image"])[1]
+        if "fixed_confidence" in data:  # a network that deforms sees the pair as the gland networks do
+            way = way_of(data["fixed_image"].affine.cpu().numpy(), data["fixed_confidence"]["axes"])
+            axes = upright_axes(axes, way)
+        return cube_affine(centre, axes, length, GRID), [GRID] * 3, nominal
 
     def _field_of_view(self, data: Mapping[Hashable, MetaTensor]) -> tuple[Tensor, list[int], Tensor]:
         fixed = Orientation(axcodes="RAS", labels=None)(data["fixed_image"])

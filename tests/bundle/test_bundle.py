@@ -14,7 +14,9 @@ from conftest import QUICK, ROOT, TINY, flags, logged, run
 from monai.bundle import ConfigParser, ConfigWorkflow, create_workflow
 
 from scripts.data.datalist import KEYS
+from scripts.network.networks import SummedDDFNet
 from scripts.network.segmentation import GlandNetwork
+from scripts.network.wrapped import SecondStageNet
 from scripts.study.plan import merged
 
 CONFIGS = ROOT / "configs"
@@ -29,7 +31,12 @@ REGISTER_ONLY = {
 BELOW = {  # the overlay that one stands upon
     "fine_tune.yaml": "segmentation.yaml",
     "own_pairs.yaml": "segmentation.yaml",
+    "variant_affine_field.yaml": "second_stage.yaml",
     "variant_mean_field.yaml": "second_stage.yaml",
+}
+SHIPPED = {  # an item of inference.json -> its weights, and what it is
+    "network_def": (ROOT / "models" / "model.pt", SummedDDFNet(8, in_channels=4).eval()),
+    "second_stage_def": (ROOT / "models" / "second_stage.pt", SecondStageNet().eval()),
 }
 OVERLAYS = [path for path in CONFIGS.glob("*.yaml") if not path.is_symlink()]  # a link is an old name of another
 OVERLAYS = sorted({p.name for p in OVERLAYS if merged([p]).get("iterations") != 0} - REGISTER_ONLY)
@@ -193,22 +200,39 @@ def test_properties_of_training_are_complete_from_another_folder(cohort, elsewhe
     assert workflow.bundle_root == str(ROOT)
 
 
+def test_the_second_stage_exports_to_torchscript_of_any_size(tmp_path):
+    weights, network = SHIPPED["second_stage_def"]
+    arguments = {
+        "filepath": tmp_path / "second_stage.ts",
+        "ckpt_file": weights,
+        "meta_file": CONFIGS / "metadata.json",
+        "config_file": CONFIGS / "inference.json",
+    }
+    result = run("monai.bundle", "ckpt_export", "second_stage_def", *flags(arguments), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    scripted = torch.jit.load(tmp_path / "second_stage.ts")
+    for size in ((32, 32, 32), (16, 24, 32)):
+        image = torch.rand(1, 4, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(scripted(image), network(image), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
-def test_the_shipped_network_exports_to_onnx_and_onnxruntime_computes_the_same(tmp_path):
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_network_exports_to_onnx_and_onnxruntime_computes_the_same(name, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="pip install -r requirements-test.txt")
+    weights, network = SHIPPED[name]
     arguments = {
         "filepath": tmp_path / "model.onnx",
-        "ckpt_file": ROOT / "models" / "model.pt",
+        "ckpt_file": weights,
         "meta_file": CONFIGS / "metadata.json",
         "config_file": CONFIGS / "inference.json",
         "input_shape": [1, 4, 32, 32, 32],  # the grid measured by the gland
     }
-    result = run("monai.bundle", "onnx_export", "network_def", *flags(arguments), cwd=tmp_path)
+    result = run("monai.bundle", "onnx_export", name, *flags(arguments), cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
-    from scripts.network.networks import SummedDDFNet
-
-    network = SummedDDFNet(8, in_channels=4).eval()
-    network.load_state_dict(torch.load(ROOT / "models" / "model.pt", weights_only=True))
+    network.load_state_dict(torch.load(weights, weights_only=True))
     image = torch.rand(1, 4, 32, 32, 32)
     (found,) = runtime.InferenceSession(str(tmp_path / "model.onnx")).run(None, {"image": image.numpy()})
     with torch.no_grad():
@@ -253,7 +277,8 @@ def test_the_three_configs_share_their_common_items():
         "inferer",
         "segment_glands",
         "network_def",
-    }  # prediction fits the field to the glands found, training does not
+        "network",
+    }  # prediction has the second stage, or fits the field to the glands found; training does not
     # training starts as the paper's Baseline, the others as the weights in models/ want it
     for overlay, config in (("baseline", train), ("two_stage", evaluate)):
         settings = yaml.safe_load((CONFIGS / f"{overlay}.yaml").read_text())
@@ -267,7 +292,7 @@ def test_the_three_configs_share_their_common_items():
 
 def test_the_second_stage_registers_with_the_network_that_it_trained():
     trained, used = (yaml.safe_load((CONFIGS / f"second_stage{kind}.yaml").read_text()) for kind in ("", "_weights"))
-    shared = ("network_def", "initial_channels", "levels", "first_kernel", "groups", "summands")
+    shared = ("network_def", "initial_channels", "sees_images", "summands")
     assert all(trained[name] == used[name] for name in shared)
 
 

@@ -243,7 +243,7 @@ def test_names_reach_the_config_of_a_bundle_run_as_they_were_typed(monkeypatch):
         ["a#1.pt", "b.pt"]
     ]
     assert found(["--output_dir", "$@bundle_root + '/x'"], output_dir="$@bundle_root + '/x'") == [f"{ROOT}/x"]
-    assert found(["--ckpt_path", "None"], ckpt_path=None) == [f"{ROOT}/models/model.pt"]  # MONAI leaves None out
+    assert found(["--ckpt_path", "None"], ckpt_path=None) == [f"{ROOT}/models/second_stage.pt"]  # MONAI leaves None out
 
 
 @pytest.mark.filterwarnings("ignore:parsing config_file")

@@ -45,7 +45,7 @@ ELSEWHERE = {  # how a command begins -> why it is not run here
     "python -m scripts crossval": "tests/study/test_crossval.py",
     "python -m scripts report": "tests/study/test_report.py",
     "python -m scripts sweep": "tests/phantoms/test_sweep.py",
-    "python -m monai.bundle ckpt_export": "tests/bundle/test_release.py",
+    "python -m monai.bundle ckpt_export": "tests/bundle/test_bundle.py",
     "python -m monai.bundle onnx_export": "tests/bundle/test_bundle.py",
     "python -m monai.bundle trt_export": "wants a GPU and TensorRT",
     "python -m monai.bundle download": "tests/bundle/test_release.py",

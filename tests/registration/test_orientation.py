@@ -7,9 +7,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from monai.data import MetaTensor
 
+from scripts.bundle.workflow import register
 from scripts.data.axes import declared
-from scripts.registration.orientation import CLEAR, WAYS, after, believed, codes, turned, upright, votes
+from scripts.phantoms.phantom import write_cohort
+from scripts.registration.orientation import (
+    CLEAR,
+    WAYS,
+    after,
+    believed,
+    codes,
+    turned,
+    upright,
+    upright_axes,
+    votes,
+    way_of,
+)
+from scripts.registration.segmentation import cube_affine, on_cube
 
 EIGHT = range(len(WAYS))
 CUBE = torch.arange(27.0).view(1, 3, 3, 3)
@@ -69,3 +84,41 @@ def test_the_letters_of_a_way_declare_the_volume_upright(axes, way):
     assert np.sign(np.linalg.det(mended[:3, :3])) == np.sign(np.linalg.det(header[:3, :3]))
     if way == 0:
         assert said == axes
+
+
+@pytest.mark.parametrize("way", EIGHT)
+def test_a_cube_along_the_upright_axes_is_the_cube_made_upright(way):
+    generator = torch.Generator().manual_seed(0)
+    affine = torch.diag(torch.tensor([-1.0, 1.2, 0.9, 1], dtype=torch.float64))
+    volume = MetaTensor(torch.rand(1, 9, 8, 7, generator=generator), affine=affine)
+    axes, _ = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=generator))
+    stored, shown = (
+        on_cube(volume, cube_affine(torch.tensor([-4.0, 4, 3]), along, 9.0, 6), 6)
+        for along in (axes, upright_axes(axes, way))
+    )
+    assert torch.allclose(upright(stored, way), shown, atol=1e-4) and stored.std() > 0.1
+    assert way_of(affine.numpy(), codes(affine.numpy(), way)) == way
+
+
+def test_headers_of_a_pair_that_lie_alike_change_no_registration(tmp_path):
+    """The gland networks see both images upright, and so does the network that deforms; the flags say it."""
+    shapes = {"fixed_shape": (44, 60, 44), "fixed_spacing": 1.5, "moving_shape": (52, 52, 36)}
+    cohort = write_cohort(tmp_path / "cohort", 1, seed=7, split=(0, 0, 1), moving_spacing=(1.4, 1.4, 2.0), **shapes)
+    places = []
+    for axes in ("RAS", "ARS"):
+        files = {}
+        for side in ("moving", "fixed"):
+            image = nib.load(next((cohort / "test" / f"{side}_images").iterdir()))
+            affine = declared(image.affine, image.shape, axes)
+            files[side] = tmp_path / f"{side}_{axes}.nii.gz"
+            nib.Nifti1Image(np.asarray(image.dataobj), affine).to_filename(files[side])
+        register(str(files["moving"]), str(files["fixed"]), str(tmp_path / axes))
+        moving, fixed = (nib.load(files[side]) for side in ("moving", "fixed"))
+        u = nib.load(tmp_path / axes / "ddf.nii.gz").get_fdata()[8:-8:6, 8:-8:6, 8:-8:6, 0] * (-1, -1, 1)  # LPS -> RAS
+        voxels = np.stack(np.meshgrid(*[np.arange(8, n - 8, 6) for n in fixed.shape], indexing="ij"), -1)
+        x = voxels @ fixed.affine[:3, :3].T + fixed.affine[:3, 3]
+        places.append((x + u - moving.affine[:3, 3]) @ np.linalg.inv(moving.affine[:3, :3]).T)
+        record = json.loads((tmp_path / axes / "qc.json").read_text("utf-8"))
+        assert any("--fixed_axes" in flag for flag in record["flags"]) == (axes == "ARS")
+        assert record["weights_sha256"]  # the second stage took part
+    assert np.linalg.norm(places[0] - places[1], axis=-1).max() < 0.1  # voxels

@@ -107,7 +107,7 @@ def test_the_record_of_a_good_pair_is_as_the_schema_says_and_without_flags(plain
     _, record, said = plain
     assert record["flags"] == [] and "CHECK" not in said
     assert record["limits"] == LIMITS
-    assert 0 < record["inverse_consistency_mm"] < 5
+    assert 0 < record["spread_mm"] < 5 and record["inverse_consistency_mm"] is None
     assert record["version"] in (ROOT / "CHANGELOG.md").read_text("utf-8")
 
 
@@ -115,10 +115,11 @@ def test_the_record_names_the_ddf_network_only_when_it_took_part_and_a_limit_of_
     pair, plain, tmp_path
 ):
     without, before, _ = plain
-    record, said = registered(tmp_path / "out", pair, use_network=True, **{"limits#blur": "[None, 0.01]"})
+    record, said = registered(tmp_path / "out", pair, use_network=False, **{"limits#blur": "[None, 0.01]"})
     hashes = [found["weights_sha256"] for found in (before, record)]
-    assert hashes == [None, sha256(str(ROOT / "models" / "model.pt"))]
+    assert hashes == [sha256(str(ROOT / "models" / "second_stage.pt")), None]
     assert before["precision"] == "float32"
+    assert 0 < record["inverse_consistency_mm"] < 5 and record["spread_mm"] is None  # the refinement took part
     assert len({(folder / "ddf.nii.gz").read_bytes() for folder in (without, tmp_path / "out")}) == 2
     assert all(len(found["segmentation_weights_sha256"]) == 2 for found in (before, record))
     assert [flag.split(" (")[0] for flag in record["flags"]] == [

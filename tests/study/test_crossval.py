@@ -336,7 +336,7 @@ def refused(message, *arguments, **named):
 
 def test_unknown_variants_settings_and_folds_are_refused(tmp_path):
     data, out = str(layout(tmp_path / "data", 4)), str(tmp_path / "out")
-    refused("delta7: no such variant; known are baseline, alpha001", data, out, 2, ["delta7"])
+    refused("delta7: no such variant; known are baseline, affine_field, alpha001", data, out, 2, ["delta7"])
     refused("two of one name", data, out, 2, ["baseline", "baseline"])
     refused(
         "--iteratons: no such option of crossval; did you mean --iterations?",
