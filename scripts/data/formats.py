@@ -8,6 +8,7 @@ ITK, ANTs, 3D Slicer, elastix and DICOM count millimetres in LPS, NiftyReg in RA
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,20 @@ FILES = {  # what each tool reads in the folder of a registration; ddf.nii.gz is
 }
 WARPED_SERIES = "warped_moving_image"  # the folder that "dicom" leaves as well
 MEASURED = "(1,0,0)(0,1,0)(0,0,1)"  # the frame of an NRRD's vectors that is the axes of its space
+FIXED_GRID = "fixed_grid"  # in a comment in the header of ddf.nii.gz
 NIFTYREG, NIFTYREG_DISPLACEMENT = "NREG_TRANS", 1  # intent_name and intent_p1 of NiftyReg's NREG_TRANS_TYPE DISP_FIELD
+
+
+class Grid(NamedTuple):
+    """Where the voxels of an image lie.
+
+    Attributes:
+        affine: voxel -> RAS mm, shape (4, 4), float64.
+        size: voxels along each axis.
+    """
+
+    affine: np.ndarray
+    size: tuple[int, ...]
 
 
 class Displacement(NamedTuple):
@@ -43,10 +57,12 @@ class Displacement(NamedTuple):
     Attributes:
         field: shape (3, X, Y, Z), float64, RAS mm: what is added to a point.
         affine: voxel -> RAS mm of the grid, shape (4, 4), float64.
+        fixed: the grid of the fixed image, where the file tells one, see `save_displacement`.
     """
 
     field: Tensor
     affine: Tensor
+    fixed: Grid | None = None
 
 
 Step = Tensor | Displacement
@@ -83,7 +99,20 @@ def _read_image(path: Path) -> Displacement:
     if by_niftyreg and told["p1"] != NIFTYREG_DISPLACEMENT:
         raise InputError(f"{path}: not a displacement to NiftyReg; convert it by reg_transform -disp")
     field = torch.from_numpy(array)
-    return _checked(path, field if by_niftyreg else field * FLIP.view(3, 1, 1, 1), raster.affine)
+    step = _checked(path, field if by_niftyreg else field * FLIP.view(3, 1, 1, 1), raster.affine)
+    return step._replace(fixed=_fixed_grid(path))
+
+
+def _fixed_grid(path: Path) -> Grid | None:
+    """The grid that `save_displacement` kept beside a displacement."""
+    header = nib.load(path).header if path.name.lower().endswith((".nii", ".nii.gz")) else None
+    for extension in [] if header is None else header.extensions:
+        try:
+            affine, size = json.loads(extension.get_content())[FIXED_GRID]
+            return Grid(np.array(affine, dtype=np.float64), tuple(size))
+        except (ValueError, TypeError, KeyError):  # another program's comment
+            continue
+    return None
 
 
 def _checked(path: Path, field: Tensor, affine: np.ndarray) -> Displacement:
@@ -179,7 +208,7 @@ def checked_formats(formats: str | Sequence[str] | None, pairs: Iterable[Mapping
 
 
 def save_formats(
-    folder: Path, formats: Sequence[str], item: Mapping[str, Any], affine: np.ndarray, final: Path
+    folder: Path, formats: Sequence[str], item: Mapping[str, Any], affine: np.ndarray, fixed: Grid, final: Path
 ) -> None:
     """Write the files of `FILES` for some tools, except ddf.nii.gz, see `save_displacement`.
 
@@ -188,26 +217,35 @@ def save_formats(
         item: `displacement`, (3, X, Y, Z), RAS mm, fixed -> moving; for DICOM `warped_moving_image` (1, X, Y, Z),
             `moving_file` and `fixed_file`.
         affine: voxel -> RAS mm of its grid, shape (4, 4).
+        fixed: the fixed image's grid, on which NiftyReg wants the displacement and the warped series is.
         final: the folder that the files will be moved to.
     """
     displacement = item["displacement"].cpu().numpy()
     writers = {
         FILES["itk"]: lambda path: save_itk(path, displacement, affine),
-        FILES["niftyreg"]: lambda path: save_niftyreg(path, displacement, affine),
+        FILES["niftyreg"]: lambda path: save_niftyreg(path, on_grid(item["displacement"], affine, fixed), fixed.affine),
         FILES["elastix"]: lambda path: save_elastix(path, final / FILES["ants"], displacement.shape[1:], affine),
-        FILES["dicom"]: lambda path: _save_dicom(path, displacement, affine, item),
+        FILES["dicom"]: lambda path: _save_dicom(path, displacement, affine, fixed.affine, item),
     }
     for name in dict.fromkeys(FILES[tool] for tool in formats):
         if name in writers:
             writers[name](folder / name)
 
 
-def _save_dicom(path: Path, displacement: np.ndarray, affine: np.ndarray, item: Mapping[str, Any]) -> None:
+def on_grid(displacement: Tensor, affine: np.ndarray, grid: Grid) -> np.ndarray:
+    """A displacement (3, X, Y, Z) on another grid, its border beyond it: (3, *grid.size), float64."""
+    to_field = torch.linalg.inv(torch.as_tensor(affine)) @ torch.as_tensor(grid.affine)
+    return fields.resample(displacement[None].cpu().double(), to_field, grid.size)[0].numpy()
+
+
+def _save_dicom(
+    path: Path, displacement: np.ndarray, affine: np.ndarray, fixed: np.ndarray, item: Mapping[str, Any]
+) -> None:
     from scripts.data.dicom.registration import save_dicom, save_warped_series
 
     series, warped = (item["moving_file"], item["fixed_file"]), item["warped_moving_image"]
     save_dicom(path, displacement, affine, *series)
-    save_warped_series(path.parent / WARPED_SERIES, warped[0].cpu().numpy(), affine, *series)
+    save_warped_series(path.parent / WARPED_SERIES, warped[0].cpu().numpy(), fixed, *series)
 
 
 def save_itk(path: Path, displacement: np.ndarray, affine: np.ndarray) -> None:
@@ -281,12 +319,16 @@ def save_elastix(path: Path, field: Path, size: Sequence[int], affine: np.ndarra
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def save_displacement(path: Path, displacement: np.ndarray, affine: np.ndarray) -> None:
+def save_displacement(
+    path: Path, displacement: np.ndarray, affine: np.ndarray, dtype: type = np.float64, fixed: Grid | None = None
+) -> None:
     """Write a displacement as ITK, SimpleITK, 3D Slicer and ANTs read it: 5-D (X, Y, Z, 1, 3), intent 1007, LPS mm.
 
     Args:
         displacement: shape (3, X, Y, Z), RAS mm, fixed world -> moving world minus identity.
-        affine: voxel -> world of the fixed grid, RAS mm.
+        affine: voxel -> world of its grid, RAS mm.
+        fixed: the fixed image's grid, if it is another: kept as a comment in the header, for what is warped by it.
     """
-    lps = displacement * np.array([-1, -1, 1]).reshape(3, 1, 1, 1)
-    save_volume(path, np.moveaxis(lps, 0, -1)[..., None, :], affine, dtype=np.float64, intent="vector")
+    lps = displacement * np.array([-1, -1, 1], displacement.dtype).reshape(3, 1, 1, 1)
+    told = None if fixed is None else json.dumps({FIXED_GRID: [np.asarray(fixed.affine).tolist(), [*fixed.size]]})
+    save_volume(path, np.moveaxis(lps, 0, -1)[..., None, :], affine, dtype=dtype, intent="vector", comment=told)

@@ -249,11 +249,15 @@ def _form(path: str, header: nib.Nifti1Header, name: str) -> np.ndarray | None:
     return (header.get_sform() if name == "sform" else header.get_qform()) if code else None
 
 
-def save_volume(path: Path, volume: np.ndarray, affine: np.ndarray, dtype: type, intent: str = "none") -> None:
+def save_volume(
+    path: Path, volume: np.ndarray, affine: np.ndarray, dtype: type, intent: str = "none", comment: str | None = None
+) -> None:
     """Write a NIfTI file in mm, sform = qform = `affine` (RAS); the first three axes of `volume` are x, y, z."""
     image = nib.Nifti1Image(np.ascontiguousarray(volume, dtype=dtype), affine)
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     image.header.set_xyzt_units("mm")
     image.header.set_intent(intent)
+    if comment is not None:
+        image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", comment.encode()))
     nib.save(image, path)

@@ -13,6 +13,8 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn import functional as F
 
+SLAB = 2**21  # voxels pulled at a time
+
 
 def identity_grid(size: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Voxel coordinates of a grid: shape (3, X, Y, Z), order x, y, z."""
@@ -307,3 +309,38 @@ def pull(moving: Tensor, moving_affine: Tensor, displacement: Tensor, affine: Te
     x = world_grid(displacement.shape[2:], affine, displacement.device)
     points = transform_points(torch.linalg.inv(moving_affine.double()), x + displacement)
     return sample(moving.double(), points, mode, padding_mode="outside")
+
+
+def pull_by(
+    moving: Tensor,
+    moving_affine: Tensor,
+    displacement: Tensor,
+    field_affine: Tensor,
+    affine: Tensor,
+    size: Sequence[int],
+) -> Tensor:
+    """`pull` onto any grid by a displacement on a coarser one, in slabs and float32: memory is that of the result.
+
+    Args:
+        moving: shape (1, C, X, Y, Z).
+        moving_affine, field_affine, affine: voxel -> world of the moving volume, of the displacement's grid and of the
+            grid to pull onto, shape (4, 4).
+        displacement: shape (1, 3, X', Y', Z'), RAS mm; its border beyond it.
+        size: voxels of the grid to pull onto.
+
+    Returns:
+        Shape (1, C, *size), float32; zero outside the moving volume.
+    """
+    to_moving, affine = torch.linalg.inv(moving_affine.double()), affine.double()
+    moving, displacement = moving.float(), displacement.float()
+    u = torch.einsum("ij,bj...->bi...", to_moving[:3, :3].float(), displacement)  # in voxels of the moving volume
+    pulled = torch.empty(1, moving.shape[1], *size)
+    planes = max(1, SLAB // (size[1] * size[2]))
+    for first in range(0, size[0], planes):
+        count = min(planes, size[0] - first)
+        begin = torch.eye(4, dtype=torch.float64)
+        begin[0, 3] = first
+        shift = resample(u, torch.linalg.inv(field_affine.double()) @ affine @ begin, [count, *size[1:]])
+        at = transform_points(to_moving @ affine @ begin, identity_grid([count, *size[1:]], torch.float32, "cpu")[None])
+        pulled[:, :, first : first + count] = sample(moving, at.add_(shift), padding_mode="outside")
+    return pulled

@@ -152,7 +152,8 @@ def warp_label(
 
 
 def grid_of(steps: Sequence[Step], reference: str | None) -> tuple[Tensor, tuple[int, ...]]:
-    """Affine (RAS mm, float64) and size of the grid to warp onto: the reference's, else the transform's own.
+    """Affine (RAS mm, float64) and size of the grid to warp onto: the reference's, else the fixed image's of
+    a registration, else the transform's own.
 
     Raises:
         InputError: no reference, and the transform that a fixed point meets first has no grid.
@@ -162,6 +163,8 @@ def grid_of(steps: Sequence[Step], reference: str | None) -> tuple[Tensor, tuple
         return volume.affine.double(), tuple(volume.shape[1:])
     if not steps or not isinstance(steps[0], Displacement):
         raise InputError("a linear transform has no grid of its own; name the grid to warp onto by --reference FILE")
+    if steps[0].fixed is not None:
+        return torch.from_numpy(steps[0].fixed.affine), steps[0].fixed.size
     return steps[0].affine, tuple(steps[0].field.shape[1:])
 
 

@@ -51,6 +51,7 @@ def overview(
     gland_after: ArrayLike | None = None,
     facts: Sequence[str] = (),
     gland_name: str = "gland",
+    slices: Sequence[int] | None = None,
 ) -> None:
     """Write one PNG, 1500 pixels wide, that shows one registered case in three planes.
 
@@ -65,6 +66,7 @@ def overview(
         fixed_gland, gland_before, gland_after: glands in [0, 1], shape (X, Y, Z), outlined at 0.5.
         facts: short phrases for the title, e.g. "gland DSC 0.64 → 0.91".
         gland_name: what the legend calls the outlines.
+        slices: of the image along each axis, where only every so-manieth is given.
     Raises:
         ValueError: an argument has the wrong shape or holds a value that is not finite.
     """
@@ -91,6 +93,8 @@ def overview(
     shown = (np.take(magnitude, centre[axis], axis).max() for axis in range(3))
     colours = ScalarMappable(Normalize(0, max(1.0, *shown)), MOTION)
 
+    slices = shape if slices is None else slices
+    every = [-(-n // given) for n, given in zip(slices, shape, strict=True)]
     # In inches, except `extent` and `heights` in mm: every panel is `extent` wide, and each row as tall as its plane.
     left, right, top, bottom, gap = 0.8, 0.8, 1.42, 0.55, 0.1
     size = np.array(shape) * spacing
@@ -136,7 +140,7 @@ def overview(
                 if row == 0:
                     ax.set_title(COLUMNS[column], color=INK, size=13, pad=8)
                 if column == 0:
-                    label = f"{name}\nslice {index + 1} of {shape[normal]}"
+                    label = f"{name}\nslice {index * every[normal] + 1} of {slices[normal]}"
                     ax.set_ylabel(label, color=INK, size=11.5, labelpad=10, linespacing=1.4)
                     if row == 0:
                         draw_scale_bar(ax, extent, limits)

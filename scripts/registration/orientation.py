@@ -16,6 +16,7 @@ from scripts.data.axes import DIRECTIONS, OPPOSITE
 from scripts.network.segmentation import ORIENTATIONS
 
 CLEAR = 2.0  # a header is believed unless another way is likelier by this, in logarithms
+SURE = 4.0  # of a cube seen once: that much likelier than any other way, and the others are not looked at
 WAYS = tuple((swapped, back, down) for swapped in (0, 1) for back in (0, 1) for down in (0, 1))
 
 
@@ -60,6 +61,11 @@ def votes(logits: Tensor) -> Tensor:
     said = logits.double().log_softmax(-1).mean(1)
     mean = torch.stack([torch.stack([said[turn, after(way, turn)] for turn in range(8)]).mean() for way in range(8)])
     return mean.log_softmax(0)
+
+
+def at_once(logits: Tensor) -> Tensor:
+    """As `votes`, from what networks say of a cube as it is stored alone, (1, networks, 8)."""
+    return logits[0].double().log_softmax(-1).mean(0).log_softmax(0)
 
 
 def believed(said: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,43 +20,52 @@ from torch import Tensor
 from scripts.data import formats, renamed
 from scripts.data.checks import InputError, check_case_name, sha256
 from scripts.data.files import written_together
-from scripts.data.formats import save_displacement
+from scripts.data.formats import Grid, save_displacement
 from scripts.data.root import VERSION
 from scripts.data.volumes import save_volume
 from scripts.network import fields
 from scripts.registration import figures, qc
 from scripts.registration.segmentation import on_image
-from scripts.registration.transforms import as_headers_say, to_original_grid
+from scripts.registration.transforms import as_headers_say, to_original_grid, transform_on
 
 LABEL = "warped_moving_label.nii.gz"
+DRAWN = 2_500_000  # voxels of the volumes that a picture is drawn of: its panels have 260 pixels
 GLANDS = ("moving_gland.nii.gz", "fixed_gland.nii.gz")
 NOTICE = "Research use only. Not for clinical decisions."
 
 
-def save_overview(
-    path: Path, item: Mapping[str, Any], before: Mapping[str, Tensor], moved: Tensor, record: Mapping[str, Any]
-) -> None:
-    """Draw `figures.overview` for one case on the original fixed grid, in axes RAS.
+def save_overview(path: Path, item: Mapping[str, Any], moved: Tensor, record: Mapping[str, Any]) -> None:
+    """Draw `figures.overview` for one case in axes RAS, on every so-manieth voxel of the fixed image, at most `DRAWN`.
 
     Without labels its outlines are those of the glands that a learned initial transform found.
     """
-    affine = item["original_fixed_image"].affine.double()
+    fixed = item["original_fixed_image"]
     reorient = Orientation(axcodes="RAS", labels=None)
+    upright = reorient(MetaTensor(fixed.as_tensor(), affine=fixed.affine.double()))
+    every = drawn_every(upright.shape[1:])
+    shown = (slice(None), *(slice(None, None, k) for k in every))
+    affine = upright.affine.double() @ torch.diag(torch.tensor([*every, 1], dtype=torch.float64))
+    size = upright[shown].shape[1:]
 
-    def ras(volume: Tensor) -> MetaTensor:
-        plain = volume.as_tensor() if isinstance(volume, MetaTensor) else volume
-        return reorient(MetaTensor(plain, affine=affine))
+    def ras(volume: Tensor) -> np.ndarray:
+        plain = volume.as_tensor() if isinstance(volume, MetaTensor) else torch.as_tensor(volume)
+        return reorient(MetaTensor(plain[:1].float(), affine=fixed.affine.double())).as_tensor()[shown][0].numpy()
 
-    world = ras(moved[0])
-    ddf = torch.einsum("ij,j...->i...", torch.linalg.inv(world.affine[:3, :3].double()), world.as_tensor())
-    glands = {
-        "fixed_gland": item.get("original_fixed_label"),
-        "gland_before": before.get("moving_label"),
-        "gland_after": item.get("warped_moving_label"),
-    }
-    found = len(item["image"]) == 4 and all(gland is None for gland in glands.values())
+    # where the initial transform alone takes what is drawn
+    start = transform_on(item, torch.zeros_like(torch.as_tensor(item["pred"])), affine, size)
+
+    def before(volume: MetaTensor) -> np.ndarray:
+        return fields.pull(volume.as_tensor()[None, :1], volume.affine, start, affine)[0, 0].numpy()
+
+    world = fields.resample(moved, torch.linalg.inv(item["field_affine"]) @ affine, size)[0]
+    ddf = torch.einsum("ij,j...->i...", torch.linalg.inv(affine[:3, :3]), world)
+    labels = {"fixed_gland": "original_fixed_label", "gland_after": "warped_moving_label"}
+    glands = {name: ras(item[key]) for name, key in labels.items() if key in item}
+    if "original_moving_label" in item:
+        glands["gland_before"] = before(item["original_moving_label"])
+    found = len(item["image"]) == 4 and not glands
     if found:
-        glands = glands_found(item)
+        glands = {name: gland[0].numpy() for name, gland in glands_found(item, affine, size).items()}
     facts = [
         f"folded voxels {record['folded_percent']:.2f} %",
         f"largest displacement beyond the initial transform {record['max_displacement_mm']:.1f} mm",
@@ -68,23 +78,31 @@ def save_overview(
     facts[:0] = flags if len(flags) < 3 else [f"CHECK: {len(flags)} flags in qc.json", *flags[:1]]
     figures.overview(
         path,
-        ras(item["original_fixed_image"].as_tensor())[0].numpy(),
-        ras(before["moving_image"])[0].numpy(),
-        ras(item["warped_moving_image"])[0].numpy(),
+        upright.as_tensor()[shown][0].numpy(),
+        before(item["original_moving_image"]),
+        ras(item["warped_moving_image"]),
         ddf.numpy(),
-        world.affine[:3, :3].norm(dim=0).tolist(),
+        affine[:3, :3].norm(dim=0).tolist(),
         facts=facts,
         gland_name="gland found" if found else "gland",
-        **{k: ras(torch.as_tensor(v)[:1].float())[0].numpy() for k, v in glands.items() if v is not None},
+        slices=upright.shape[1:],
+        **glands,
     )
 
 
-def glands_found(item: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The glands in the network's input on the original fixed grid, for `figures.overview`, (1, X, Y, Z)."""
+def drawn_every(size: Sequence[int]) -> list[int]:
+    """Of how many voxels along each axis one is drawn: where there are most of them, more are left out."""
+    every = [1] * len(size)
+    while math.prod(-(-n // k) for n, k in zip(size, every, strict=True)) > DRAWN:
+        every[max(range(len(size)), key=lambda i: size[i] / every[i])] += 1
+    return every
+
+
+def glands_found(item: Mapping[str, Any], affine: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
+    """The glands in the network's input on a grid of the fixed world, for `figures.overview`, (1, X, Y, Z)."""
     image, ddf = (torch.as_tensor(item[key])[None].cpu().float() for key in ("image", "pred"))
     moving, fixed = image[:, 2:3], image[:, 3:4]
     on_grid = torch.cat([fixed, moving, fields.warp(moving, ddf)], dim=1)
-    affine, size = item["original_fixed_image"].affine.double(), item["original_fixed_image"].shape[1:]
     to_grid = torch.linalg.inv(item["grid_affine"].cpu().double()) @ affine
     there = fields.resample(on_grid, to_grid, size, padding_mode="outside")[0]
     return dict(zip(("fixed_gland", "gland_before", "gland_after"), there.split(1), strict=True))
@@ -133,8 +151,10 @@ def save_registration(
         save_volume(
             partial / "warped_moving_image.nii.gz", item["warped_moving_image"][0].numpy(), affine, dtype=np.float32
         )
-        save_displacement(partial / "ddf.nii.gz", told["displacement"].numpy(), affine)
-        formats.save_formats(partial, tools, told, affine, final=folder)
+        field_affine = told["field_affine"].numpy()
+        fixed = Grid(affine, tuple(told["original_fixed_image"].shape[1:]))
+        save_displacement(partial / "ddf.nii.gz", told["displacement"].numpy(), field_affine, np.float32, fixed)
+        formats.save_formats(partial, tools, told, field_affine, fixed, final=folder)
         for side, name in zip(("moving", "fixed"), GLANDS, strict=True) if write_glands else ():
             image = told[f"original_{side}_image"]
             gland = on_image(item[f"original_{side}_gland"], item[f"original_{side}_image"])[0] > 0.5
@@ -143,11 +163,12 @@ def save_registration(
             binary = (item["warped_moving_label"] >= 0.5).movedim(0, -1).numpy()
             binary = binary[..., 0] if binary.shape[-1] == 1 else binary
             save_volume(partial / LABEL, binary, affine, dtype=np.uint8)
-        before = to_original_grid(item, torch.zeros_like(item["pred"]))
         moved = qc.deformation(item)
+        labelled = {"original_fixed_label", "warped_moving_label"} <= set(item)
+        before = to_original_grid(item, torch.zeros_like(item["pred"])) if labelled else {}
         record = qc.quality(item, before, moved, doubts)
         record |= {"flags": qc.flags(record, limits or {}), "limits": dict(limits or {})}
-        save_overview(partial / "overview.png", item, before, moved, record)
+        save_overview(partial / "overview.png", item, moved, record)
         known = {k: item[k] for k in ("case", "moving_file", "fixed_file")}
         record = {"notice": NOTICE} | known | record | dict(provenance)
         for name, written in (("qc.json", record), ("qa.json", renamed.former(record))):  # the latter until 0.6

@@ -50,10 +50,10 @@ def doubts(engine: Engine) -> list[dict[str, float | None]]:
 
 
 def deformation(item: Mapping[str, Any]) -> Tensor:
-    """The displacement without the initial transform, (1, 3, X, Y, Z), mm in the fixed world."""
-    affine, size = item["original_fixed_image"].affine, item["displacement"].shape[1:]
+    """The displacement without the initial transform on the same grid, (1, 3, X, Y, Z), mm in the fixed world."""
     ddf, grid_affine = torch.as_tensor(item["pred"])[None].cpu(), item["grid_affine"].cpu()
-    return fields.world_displacement(ddf, grid_affine, torch.eye(4), affine, size)
+    size = item["displacement"].shape[1:]
+    return fields.world_displacement(ddf, grid_affine, torch.eye(4), item["field_affine"], size)
 
 
 def border_brightness(image: Tensor) -> float:
@@ -87,14 +87,16 @@ def quality(
         doubts: of the pair, see there.
     """
     affine = item["original_fixed_image"].affine
-    displacement = item["displacement"][None]
+    displacement, field_affine = item["displacement"][None], item["field_affine"]
+    x = fields.world_grid(displacement.shape[2:], field_affine)
+    shown = fields.covers(item["original_fixed_image"].shape[1:], affine.double(), x)  # not what lies beyond the image
     borders = [border_brightness(item[f"original_{side}_image"]) for side in ("moving", "fixed")]
-    covered = torch.ones_like(item["original_moving_image"].as_tensor())[None]
-    covered = fields.pull(covered, item["original_moving_image"].affine, displacement, affine)
+    moving = item["original_moving_image"]
+    covered = fields.covers(moving.shape[1:], moving.affine.double(), x + displacement)[shown]
     voxel = torch.as_tensor(item["grid_affine"])[:3, :3].norm(dim=0).mean().item()
-    record = metrics.jacobian_statistics(displacement[0], affine) | {
-        "max_displacement_mm": moved.norm(dim=1).max().item(),
-        "covered_percent": 100 * (covered > 0).double().mean().item(),
+    record = metrics.jacobian_statistics(displacement[0], field_affine) | {
+        "max_displacement_mm": moved.norm(dim=1, keepdim=True)[shown].max().item(),
+        "covered_percent": 100 * covered.double().mean().item(),
         "initial_stretch_min": item["initial_stretch"].min().item(),
         "initial_stretch_max": item["initial_stretch"].max().item(),
         "border_difference": borders[0] - borders[1],

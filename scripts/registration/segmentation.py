@@ -27,10 +27,11 @@ from scripts.data.checks import InputError
 from scripts.data.weights import load_weights
 from scripts.network import fields
 from scripts.network.segmentation import ORIENTATIONS
-from scripts.registration.orientation import believed, codes, turned, upright, votes
+from scripts.registration.orientation import SURE, at_once, believed, codes, turned, upright, votes
 
 WHOLE = 32  # voxels along each axis of the cube of the first two passes
 SIDE = 48  # and of the last
+SIZES = {0.85: False, 1.15: True}  # of the cubes that the last pass sees too -> whether in the mirror
 CLOSE = 1.5  # the second pass's cube, in lengths of the gland's longest diameter
 NOMINAL = 50.0  # mm, the longest diameter every gland is taken to have on a grid that is measured by the gland
 
@@ -147,8 +148,8 @@ def look(networks: Sequence[nn.Module], cube: Tensor, way: int | None = None) ->
     """What networks see in a cube (1, 1, X, Y, Z) when they see it upright, straight and in the mirror.
 
     Args:
-        way: it is stored, see `scripts.registration.orientation`; None to ask the networks, who then see it made
-            upright from all eight.
+        way: it is stored, see `scripts.registration.orientation`; None to ask the networks, who see it made upright
+            from all eight unless one look makes them sure that it is upright.
 
     Returns:
         The probability of the gland on the cube as it is, (predictions, 1, X, Y, Z), those of the networks straight
@@ -156,11 +157,13 @@ def look(networks: Sequence[nn.Module], cube: Tensor, way: int | None = None) ->
     """
     said = None
     if way is None:
-        shown = torch.cat([upright(cube, turn) for turn in range(ORIENTATIONS)])
-        gland, logits = _seen(networks, shown)
-        said = votes(logits.cpu())
-        way = believed(said)
-        straight = gland[way]
+        gland, logits = _seen(networks, cube)
+        said, way, straight = at_once(logits.cpu()), 0, gland[0]
+        if said[0] - said[1:].max() < SURE:
+            others, more = _seen(networks, torch.cat([upright(cube, turn) for turn in range(1, ORIENTATIONS)]))
+            said = votes(torch.cat([logits, more]).cpu())
+            way = believed(said)
+            straight = torch.cat([gland, others])[way]
     else:
         straight = _seen(networks, upright(cube, way))[0][0]
     mirrored = _seen(networks, upright(cube, way).flip(2))[0][0].flip(-3)
@@ -251,12 +254,28 @@ class SegmentGlandsd(Transform):
         mean = look(self.networks, cube, 0)[0].mean(0)[0].cpu()
         return MetaTensor(largest_component(mean)[None].clone(), affine=affine)
 
+    def _at_sizes(self, dark: MetaTensor, seen: Tensor, affine: Tensor, axes: Tensor, way: int) -> Tensor:
+        """The mean of what is seen in a cube (X, Y, Z), and in smaller and larger ones about its centre."""
+        side = len(seen)
+        centre = (affine @ torch.tensor([(side - 1) / 2] * 3 + [1.0], dtype=torch.float64))[:3]
+        total, times = seen.clone(), torch.ones_like(seen)
+        for size, mirrored in SIZES.items():
+            other = cube_affine(centre, axes, size * side * affine[:3, 0].norm().item(), side)
+            cube = upright(standardised(on_cube(dark, other, side)).to(self.device), way)
+            found = _seen(self.networks, cube.flip(2) if mirrored else cube)[0][0].mean(0)[0].cpu()
+            found = turned(found.flip(0) if mirrored else found, way)
+            to_other = torch.linalg.inv(other) @ affine
+            both = torch.stack([found, torch.ones_like(found)])[None]
+            found, shown = fields.resample(both, to_other, [side] * 3, padding_mode="outside")[0]
+            total, times = total + found, times + shown
+        return total / times
+
     @torch.inference_mode()
     def find(self, volume: MetaTensor) -> tuple[MetaTensor, dict[str, Any]] | None:
         """The gland of a volume (1, X, Y, Z) and the confidence in it; None without one.
 
-        It is found in the whole volume, then in its surroundings, then in these on a finer grid. In the first pass the
-        networks are asked which way round the volume is stored.
+        It is found in the whole volume, then in its surroundings, then in these on a finer grid, where cubes of three
+        sizes count. In the first pass the networks are asked which way round the volume is stored.
 
         The confidence: `agreement` of the last pass (see there); `blur`, Σ p(1 − p) over the voxels of the gland;
         `drift`, how far the last pass moved its centre, in lengths of its cube; `growth`, its length over the one
@@ -278,13 +297,16 @@ class SegmentGlandsd(Transform):
                 return None
             gland = MetaTensor(probability[None], affine=affine)
             (before, first), (centre, length) = (centre, length), close_up(gland)
+        blur = ((mean * (1 - mean)).sum() / (probability > 0.5).sum()).item()
+        at_sizes = largest_component(self._at_sizes(dark, mean, affine, axes, way))
+        gland = MetaTensor(at_sizes[None], affine=affine) if at_sizes.any() else gland
         inside = on_cube(MetaTensor(torch.ones_like(dark.as_tensor()), affine=dark.affine), affine)[0, 0]
         return gland, {
             "agreement": agreement(predictions.cpu()),
-            "blur": ((mean * (1 - mean)).sum() / (probability > 0.5).sum()).item(),
+            "blur": blur,
             "drift": (centre - before).norm().item() / length,
             "growth": length / first,
-            "cut_percent": cut_percent(probability, inside),
+            "cut_percent": cut_percent(gland[0].as_tensor(), inside),
             "orientation": (first_said[1:].max() - first_said[0]).item(),
             "axes": codes(volume.affine.numpy(), way),
         }

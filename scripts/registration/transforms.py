@@ -148,7 +148,8 @@ def as_declared(data: Mapping[Hashable, MetaTensor], side: str) -> Tensor:
 
 
 def as_headers_say(item: Mapping[Hashable, MetaTensor]) -> dict:
-    """A registration whose `displacement` and `original_…` images are in the worlds of the headers, for its files.
+    """A registration whose `displacement`, `field_affine` and `original_…` images are in the worlds of the headers, for
+    its files.
 
     The same voxels of the fixed image show the same voxels of the moving one; only where axes were declared that differ
     from a header's are the worlds not those in which the pair was registered.
@@ -156,10 +157,10 @@ def as_headers_say(item: Mapping[Hashable, MetaTensor]) -> dict:
     if not {"moving_header", "fixed_header"} & set(item):
         return dict(item)
     fixed, moving = (torch.linalg.inv(as_declared(item, side)) for side in ("fixed", "moving"))
-    x = fields.world_grid(item["displacement"].shape[1:], item["original_fixed_image"].affine.double())
+    x = fields.world_grid(item["displacement"].shape[1:], item["field_affine"])
     y = x + item["displacement"][None].double()
     u = fields.transform_points(moving, y) - fields.transform_points(fixed, x)
-    result = dict(item) | {"displacement": u[0].to(item["displacement"])}
+    result = dict(item) | {"displacement": u[0].to(item["displacement"]), "field_affine": fixed @ item["field_affine"]}
     for side in ("moving", "fixed"):
         for key in (k for k in (f"original_{side}_image", f"original_{side}_label") if k in item):
             header = item.get(f"{side}_header", item[key].affine)
@@ -207,24 +208,41 @@ class KeepOriginalsd(MapTransform):
         return dict(data) | {f"original_{key}": data[key] for key in self.key_iterator(data)}
 
 
+def transform_on(data: Mapping[Hashable, Tensor], ddf: Tensor, affine: Tensor, size: Sequence[int]) -> Tensor:
+    """A DDF of the working grid as one transform between the original images, on any grid of the fixed world.
+
+    Args:
+        data: `grid_affine`, `initial_transform`, `initial_displacement` if there is one, `original_fixed_image`.
+        ddf: shape (3, X, Y, Z), voxels of the working grid; zero gives the initial transform alone.
+        affine: voxel -> world of the other grid, shape (4, 4).
+        size: its voxels.
+
+    Returns:
+        The displacement, shape (1, 3, *size), float64, RAS mm, initial transform composed in.
+    """
+    ddf = torch.as_tensor(ddf)[None].cpu()
+    u = fields.world_displacement(ddf, data["grid_affine"].cpu(), data["initial_transform"].cpu(), affine, size)
+    if "initial_displacement" in data:
+        x, fixed = fields.world_grid(size, affine), data["original_fixed_image"].affine.double()
+        u = fields.displaced(data["initial_displacement"][None].cpu(), fixed, x + u) - x
+    return u
+
+
 def to_original_grid(data: Mapping[Hashable, Tensor], ddf: Tensor) -> dict[str, Tensor]:
     """A DDF of the working grid as one transform between the original images, and the moving volumes warped by it.
 
     Args:
-        data: `grid_affine`, `initial_transform`, `initial_displacement` if there is one, and the `original_…` volumes.
-        ddf: shape (3, X, Y, Z), voxels of the working grid; zero gives the initial transform alone.
+        data: as for `transform_on`, and the `original_…` volumes.
+        ddf: see `transform_on`.
 
     Returns:
-        `displacement` (3, X, Y, Z), RAS mm on the original fixed grid, initial transform composed in; `moving_image`
-        and, where there are moving labels, `moving_label` (soft maps), on that grid, each interpolated once.
+        `displacement` (3, X, Y, Z), RAS mm on the original fixed grid, which is `field_affine`, initial transform
+        composed in; `moving_image` and, where there are moving labels, `moving_label` (soft maps), on that grid, each
+        interpolated once.
     """
-    affine, size = data["original_fixed_image"].affine, data["original_fixed_image"].shape[1:]
-    ddf = torch.as_tensor(ddf)[None].cpu()
-    u = fields.world_displacement(ddf, data["grid_affine"].cpu(), data["initial_transform"].cpu(), affine, size)
-    if "initial_displacement" in data:
-        x = fields.world_grid(size, affine)
-        u = fields.displaced(data["initial_displacement"][None].cpu(), affine.double(), x + u) - x
-    result = {"displacement": u[0]}
+    affine, size = data["original_fixed_image"].affine.double(), data["original_fixed_image"].shape[1:]
+    u = transform_on(data, ddf, affine, size)
+    result = {"displacement": u[0], "field_affine": affine}
     for key in ("moving_image", "moving_label"):
         if f"original_{key}" in data:
             volume = data[f"original_{key}"]
@@ -232,9 +250,43 @@ def to_original_grid(data: Mapping[Hashable, Tensor], ddf: Tensor) -> dict[str, 
     return result
 
 
+def compact(data: Mapping[Hashable, Tensor], ddf: Tensor) -> dict[str, Tensor]:
+    """As `to_original_grid`, with the displacement on the working grid, as far as the fixed image reaches and a margin.
+
+    The transform is linear between the voxels of the working grid, and beyond that grid between the voxels it would
+    have: so nothing is lost, and a field needs no voxels of the size that the image has.
+    """
+    affine, size = data["original_fixed_image"].affine.double(), data["original_fixed_image"].shape[1:]
+    grid_affine = data["grid_affine"].double().cpu()
+    faces = torch.cartesian_prod(*(torch.tensor([-0.5, n - 0.5], dtype=torch.float64) for n in size))
+    corners = fields.transform_points(torch.linalg.inv(grid_affine) @ affine, faces.T[None, ..., None, None])[
+        0, ..., 0, 0
+    ]
+    low, high = corners.amin(1).floor() - 1, corners.amax(1).ceil() + 1
+    field_affine = grid_affine.clone()
+    field_affine[:3, 3] += grid_affine[:3, :3] @ low
+    u = transform_on(data, ddf, field_affine, (high - low + 1).int().tolist()).float()
+    result = {"displacement": u[0], "field_affine": field_affine}
+    for key in ("moving_image", "moving_label"):
+        if f"original_{key}" in data:
+            volume = data[f"original_{key}"]
+            told = (u, field_affine, affine, size)
+            result[key] = fields.pull_by(volume.as_tensor()[None], volume.affine, *told)[0]
+    return result
+
+
 class ToOriginalGridd(Transform):
-    """Add `displacement`, `warped_moving_image` and `warped_moving_label` from `pred`, see `to_original_grid`."""
+    """Add `displacement`, `field_affine`, `warped_moving_image` and `warped_moving_label` from `pred`.
+
+    Args:
+        on_fixed_grid: False leaves the displacement on a grid of its own, see `compact`, True on the fixed image's, see
+            `to_original_grid`; after an initial transform that is no matrix it is always there.
+    """
+
+    def __init__(self, on_fixed_grid: bool = True) -> None:
+        self.on_fixed_grid = on_fixed_grid
 
     def __call__(self, data: Mapping[Hashable, Tensor]) -> dict:
-        result = to_original_grid(data, data["pred"])
-        return dict(data) | {k if k == "displacement" else f"warped_{k}": v for k, v in result.items()}
+        whole = self.on_fixed_grid or "initial_displacement" in data
+        result = (to_original_grid if whole else compact)(data, data["pred"])
+        return dict(data) | {f"warped_{k}" if k.startswith("moving") else k: v for k, v in result.items()}

@@ -29,7 +29,7 @@ from scripts.bundle.workflow import absolute, run_config
 from scripts.data.checks import InputError, check_case_name, sha256
 from scripts.data.datalist import KEYS, OPTIONS, datalist
 from scripts.data.files import written_whole
-from scripts.data.formats import read_transform
+from scripts.data.formats import forward, read_transform
 from scripts.data.pairs import LoadPaird
 from scripts.data.root import CONFIGS
 from scripts.network import fields
@@ -185,7 +185,8 @@ def read_example(folder: Path, case: Mapping[str, Any], settings: Mapping[str, A
         )
         images.append(image[None])
         labels.append(label.movedim(-1, 0) if label.ndim == 4 else label[None])
-        moves += [step.field for step in read_transform(where / "ddf.nii.gz")]
+        x = fields.world_grid(pair["fixed_image"].shape[1:], affine)
+        moves.append((forward(read_transform(where / "ddf.nii.gz"), x)[0] - x)[0])
     labels = [ras(label.float()).as_tensor() for label in labels]
     present = labels[0][1:].flatten(1).any(1)
     maps = (ras(volume)[0].numpy() for volume in maps_of(moves[1], moves[0], affine))

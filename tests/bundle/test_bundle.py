@@ -272,7 +272,8 @@ def test_the_three_configs_share_their_common_items():
         "initialize",
         "dataloader",
         "checked_output",
-    }  # inference goes on after a refusal; training has two datalists
+        "postprocessing",
+    }  # inference goes on after a refusal, and its fields have a grid of their own; training has two datalists
     refined = {
         "inferer",
         "segment_glands",

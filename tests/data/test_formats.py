@@ -31,6 +31,7 @@ from scripts.data.checks import InputError
 from scripts.data.formats import (
     FILES,
     Displacement,
+    Grid,
     checked_formats,
     forward,
     read_transform,
@@ -51,7 +52,8 @@ def written(request, tmp_path_factory):
     found = registration(request.param)
     save_displacement(folder / "ddf.nii.gz", found.displacement.numpy(), found.affine)
     tools = [tool for tool in FILES if tool != "dicom"]
-    save_formats(folder, tools, {"displacement": found.displacement}, found.affine, final=folder)
+    fixed = Grid(found.affine, tuple(found.displacement.shape[1:]))
+    save_formats(folder, tools, {"displacement": found.displacement}, found.affine, fixed, final=folder)
     return folder, found
 
 
@@ -264,7 +266,7 @@ def case(found, folder, **files):
     zero["initial_stretch"] = torch.ones(3)
     images = {"original_fixed_image": fixed, "original_moving_image": moving, "warped_moving_image": fixed}
     names = {"case": "a", "moving_file": "moving.nii.gz", "fixed_file": "fixed.nii.gz"} | files
-    return zero | images | names | {"displacement": found.displacement}
+    return zero | images | names | {"displacement": found.displacement, "field_affine": fixed.affine.double()}
 
 
 def test_the_files_of_all_tools_appear_with_the_others_or_not_at_all(tmp_path, monkeypatch):

@@ -10,11 +10,15 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from scripts.bundle.workflow import register
 from scripts.data import renamed
+from scripts.data.formats import forward, read_transform
+from scripts.data.lps import FLIP
+from scripts.network.fields import world_grid
 from scripts.phantoms.phantom import write_cohort
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -28,7 +32,11 @@ def outcome(folder: Path) -> dict:
     files = {k: next((cohort / "test" / f"{k}s").iterdir()) for k in ("moving_image", "fixed_image")}
     labels = {k: str(next((cohort / "test" / k).iterdir())) for k in ("moving_labels", "fixed_labels")}
     register(str(files["moving_image"]), str(files["fixed_image"]), str(folder / "out"), **labels)
-    field = nib.load(folder / "out" / "ddf.nii.gz").get_fdata()[10:-10:8, 14:-14:8, 10:-10:8, 0]
+    fixed = nib.load(files["fixed_image"])
+    x = world_grid(fixed.shape, torch.from_numpy(fixed.affine))[:, :, 10:-10:8, 14:-14:8, 10:-10:8]
+    moved, known = forward(read_transform(folder / "out" / "ddf.nii.gz"), x)
+    assert known.all()
+    field = ((moved - x)[0].movedim(0, -1) * FLIP).numpy()  # in LPS, as the file has it
     record = json.loads((folder / "out" / "qc.json").read_text("utf-8"))
     image = nib.load(files["moving_image"]).get_fdata()
     return {

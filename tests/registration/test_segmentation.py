@@ -356,7 +356,7 @@ def test_the_outlines_of_the_overview_are_the_glands_found_where_the_written_fie
     d = OntoFixedGridd(spacing, "learned")(KeepOriginalsd()(SegmentGlandsd(Bright(), weights)(pair)))
     x = torch.linspace(0, 3, d["image"].shape[1])[:, None, None].expand(d["image"].shape[1:])
     d = ToOriginalGridd()(d | {"pred": torch.stack([x.sin(), 0 * x, x.cos()])})
-    drawn = glands_found(d)
+    drawn = glands_found(d, d["original_fixed_image"].affine.double(), d["original_fixed_image"].shape[1:])
     true = {"fixed_gland": d["original_fixed_image"], "gland_after": d["warped_moving_image"]}
     true["gland_before"] = to_original_grid(d, torch.zeros_like(d["pred"]))["moving_image"]
     for name, gland in drawn.items():
@@ -375,6 +375,24 @@ def test_training_batches_hold_the_same_input_as_registration(weights):
     image = OntoFixedGridd(1.5, "learned")(found)["image"]
     torch.testing.assert_close(batch["image"][0, :2], image[:2], atol=1e-4, rtol=0)
     assert (batch["image"][0, 2:] - image[2:]).abs().mean() < 0.01  # glands went through the image's grid
+
+
+@pytest.mark.parametrize(("logit", "cubes"), [(9.0, 2), (1.0, 9)])
+def test_a_network_that_is_sure_that_a_cube_is_upright_is_asked_once(logit, cubes):
+    """Straight and in the mirror, or made upright from all eight ways and in the mirror."""
+    seen = []
+
+    class Sure(torch.nn.Module):
+        def forward(self, image):
+            seen.append(len(image))
+            ways = torch.tensor([logit, *[0.0] * 7]).view(1, 8, 1, 1, 1).expand(len(image), -1, *image.shape[2:])
+            return torch.cat([image, ways], dim=1)
+
+    cube = torch.rand(1, 1, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+    predictions, said, _ = look([Sure()], cube)
+    assert sum(seen) == cubes and said.exp().sum() == pytest.approx(1)
+    if cubes == 2:
+        assert torch.allclose(predictions, torch.stack([cube[0]] * 2).sigmoid()) and said.argmax() == 0
 
 
 def test_another_start_looks_for_no_gland(tmp_path):

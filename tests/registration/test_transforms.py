@@ -10,8 +10,9 @@ from synthetic import PAIR_AFFINE, PAIR_SIZE, content, to_itk, write
 
 from scripts.data.checks import InputError
 from scripts.data.datalist import KEYS
+from scripts.data.formats import Grid, on_grid
 from scripts.data.pairs import LoadPaird
-from scripts.network.fields import warp
+from scripts.network.fields import covers, transform_points, warp, world_grid
 from scripts.phantoms.phantom import simulate_pair
 from scripts.registration.metrics import dice
 from scripts.registration.transforms import KeepOriginalsd, OntoFixedGridd, ToOriginalGridd
@@ -293,6 +294,26 @@ def test_a_constant_ddf_is_a_translation_along_the_working_axes(axes):
     torch.testing.assert_close(
         back["displacement"], expected.view(3, 1, 1, 1).expand_as(back["displacement"]), rtol=1e-9, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("axes", FIXED_AXES)
+@pytest.mark.parametrize("spacing", [2.5, None])
+def test_a_displacement_on_a_grid_of_its_own_is_the_same_transform_and_covers_the_fixed_image(axes, spacing):
+    data = pair(axes)
+    result = OntoFixedGridd(spacing)(KeepOriginalsd()(data))
+    ddf = 2 * torch.randn(3, *result["image"].shape[1:], generator=torch.Generator().manual_seed(0))
+    whole, own = (ToOriginalGridd(on_fixed_grid=on)(result | {"pred": ddf}) for on in (True, False))
+    fixed = Grid(data["fixed_image"].affine.double().numpy(), tuple(data["fixed_image"].shape[1:]))
+    x = world_grid(fixed.size, data["fixed_image"].affine)
+    ends = torch.tensor([[[-0.5, n - 0.5] for n in fixed.size]], dtype=torch.float64)[..., None, None]
+    corners = transform_points(data["fixed_image"].affine, ends)  # beyond its field ITK moves nothing
+    assert covers(own["displacement"].shape[1:], own["field_affine"], x).all()
+    assert covers(own["displacement"].shape[1:], own["field_affine"], corners).all()
+    found = on_grid(own["displacement"], own["field_affine"].numpy(), fixed)
+    np.testing.assert_allclose(found, whole["displacement"].numpy(), atol=1e-3)
+    for key in ("warped_moving_image", "warped_moving_label"):
+        scale = whole[key].abs().max()
+        assert (own[key] - whole[key]).abs().max() < 1e-3 * scale
 
 
 def test_the_true_displacement_of_a_phantom_lays_its_labels_on_each_other():
