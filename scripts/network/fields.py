@@ -6,14 +6,14 @@ Conventions: a DDF has shape (B, 3, X, Y, Z), order x, y, z, in voxels of its ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn import functional as F
 
-SLAB = 2**21  # voxels pulled at a time
+SLAB = 2**21  # voxels pulled at a time, so that memory does not grow with the grid
 
 
 def identity_grid(size: Sequence[int], dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -311,6 +311,13 @@ def pull(moving: Tensor, moving_affine: Tensor, displacement: Tensor, affine: Te
     return sample(moving.double(), points, mode, padding_mode="outside")
 
 
+def slabs(size: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs of planes along a grid's first axis, at most `SLAB` voxels or one plane each: the first, and how many."""
+    planes = max(1, SLAB // (size[1] * size[2]))
+    for first in range(0, size[0], planes):
+        yield first, min(planes, size[0] - first)
+
+
 def pull_by(
     moving: Tensor,
     moving_affine: Tensor,
@@ -335,9 +342,7 @@ def pull_by(
     moving, displacement = moving.float(), displacement.float()
     u = torch.einsum("ij,bj...->bi...", to_moving[:3, :3].float(), displacement)  # in voxels of the moving volume
     pulled = torch.empty(1, moving.shape[1], *size)
-    planes = max(1, SLAB // (size[1] * size[2]))
-    for first in range(0, size[0], planes):
-        count = min(planes, size[0] - first)
+    for first, count in slabs(size):
         begin = torch.eye(4, dtype=torch.float64)
         begin[0, 3] = first
         shift = resample(u, torch.linalg.inv(field_affine.double()) @ affine @ begin, [count, *size[1:]])

@@ -33,7 +33,6 @@ from scripts.registration.outputs import NOTICE
 
 INTERPOLATIONS = ("linear", "cubic", "nearest")
 MAX_RESIDUAL = 0.1  # mm; a point whose inverse misses by more is not written
-SLAB = 2**21  # voxels warped at a time, so that memory does not grow with the reference grid
 OUTSIDE, FOLDS = "outside the field", "the field folds here"
 
 
@@ -105,9 +104,8 @@ def points_to_pull(
     Yields:
         Voxel coordinates, (1, 3, n, Y, Z), float64, and whether the transform is known there, (1, 1, n, Y, Z).
     """
-    planes = max(1, SLAB // (size[1] * size[2]))
-    for first in range(0, size[0], planes):
-        voxels = fields.identity_grid((min(planes, size[0] - first), *size[1:]), torch.float64, "cpu")[None]
+    for first, count in fields.slabs(size):
+        voxels = fields.identity_grid((count, *size[1:]), torch.float64, "cpu")[None]
         voxels[:, 0] += first
         points, known = forward(steps, fields.transform_points(affine, voxels))
         yield fields.transform_points(torch.linalg.inv(volume.affine.double()), points), known

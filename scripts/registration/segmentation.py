@@ -254,13 +254,15 @@ class SegmentGlandsd(Transform):
         mean = look(self.networks, cube, 0)[0].mean(0)[0].cpu()
         return MetaTensor(largest_component(mean)[None].clone(), affine=affine)
 
-    def _at_sizes(self, dark: MetaTensor, seen: Tensor, affine: Tensor, axes: Tensor, way: int) -> Tensor:
-        """The mean of what is seen in a cube (X, Y, Z), and in smaller and larger ones about its centre."""
+    def _at_sizes(
+        self, dark: MetaTensor, seen: Tensor, centre: Tensor, axes: Tensor, length: float, way: int
+    ) -> Tensor:
+        """The mean of what is seen in a cube (X, Y, Z), see `cube_affine`, and in a smaller and a larger one."""
         side = len(seen)
-        centre = (affine @ torch.tensor([(side - 1) / 2] * 3 + [1.0], dtype=torch.float64))[:3]
+        affine = cube_affine(centre, axes, length, side)
         total, times = seen.clone(), torch.ones_like(seen)
         for size, mirrored in SIZES.items():
-            other = cube_affine(centre, axes, size * side * affine[:3, 0].norm().item(), side)
+            other = cube_affine(centre, axes, size * length, side)
             cube = upright(standardised(on_cube(dark, other, side)).to(self.device), way)
             found = _seen(self.networks, cube.flip(2) if mirrored else cube)[0][0].mean(0)[0].cpu()
             found = turned(found.flip(0) if mirrored else found, way)
@@ -298,7 +300,7 @@ class SegmentGlandsd(Transform):
             gland = MetaTensor(probability[None], affine=affine)
             (before, first), (centre, length) = (centre, length), close_up(gland)
         blur = ((mean * (1 - mean)).sum() / (probability > 0.5).sum()).item()
-        at_sizes = largest_component(self._at_sizes(dark, mean, affine, axes, way))
+        at_sizes = largest_component(self._at_sizes(dark, mean, before, axes, first, way))
         gland = MetaTensor(at_sizes[None], affine=affine) if at_sizes.any() else gland
         inside = on_cube(MetaTensor(torch.ones_like(dark.as_tensor()), affine=dark.affine), affine)[0, 0]
         return gland, {
