@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from scripts.data.checks import InputError
-from scripts.data.gate import read
+from scripts.data.gate import leave_interrupts, read
 from scripts.network import fields
 from scripts.phantoms.clinical import draw_grids
 from scripts.phantoms.phantom import MODES, PhantomPair, simulate_pair
@@ -91,7 +91,7 @@ class Pool:
         share: of the draws that are simulated pairs.
         size: simulated pairs kept at a time.
         keep: what to keep of a pair.
-        num_workers: processes that read the cohort.
+        num_workers: processes that read the cohort, and then make simulated pairs ahead; 0 for this one.
         renewal: batches until the oldest simulated pair is replaced by a new one.
 
     Raises:
@@ -114,11 +114,29 @@ class Pool:
                 raise pair
             self.pairs.append(keep(pair))
         self.simulated, self.keep, self.renewal, self.share = simulated, keep, renewal, share if self.pairs else 1.0
+        self.num_workers = num_workers
         count = range(size if simulated is not None and self.share > 0 else 0)
-        self.phantoms = [keep(simulated[i]) for i in tqdm(count, desc="Simulating", unit="pair", disable=not count)]
+        if count:
+            self._begin(0)
+        self.phantoms = [keep(next(self.coming)) for _ in tqdm(count, "Simulating", unit="pair", disable=not count)]
         self.made, self.batches = len(self.phantoms), 0
         if not self.pairs and not self.phantoms:
             raise InputError("no pair to train on")
+
+    def _begin(self, index: int) -> None:
+        """Let the next simulated pair be number `index`; processes of their own make it and some that follow."""
+        cuda = self.num_workers and torch.cuda.is_available()  # which a forked process could not use
+        self.coming = iter(
+            DataLoader(
+                self.simulated,
+                batch_size=None,
+                sampler=range(index, len(self.simulated)),
+                num_workers=self.num_workers,
+                worker_init_fn=leave_interrupts,
+                multiprocessing_context="spawn" if cuda else None,
+                generator=torch.Generator(),  # leaves the others where they are
+            )
+        )
 
     def simulates(self, random: np.random.Generator) -> bool:
         """Whether the next draw is of the simulated pairs."""
@@ -133,14 +151,17 @@ class Pool:
         """Count a batch; after every `renewal` of them replace the oldest simulated pair by a new one."""
         self.batches += 1
         if self.phantoms and self.batches % self.renewal == 0:
-            self.phantoms[self.made % len(self.phantoms)] = self.keep(self.simulated[self.made])
+            self.phantoms[self.made % len(self.phantoms)] = self.keep(next(self.coming))
             self.made += 1
 
     def load_place(self, made: int, batches: int) -> None:
         """Go on where a run was that had simulated `made` pairs and counted `batches`."""
         size = len(self.phantoms)
-        for index in range(max(self.made, made - size), made):
-            self.phantoms[index % size] = self.keep(self.simulated[index])
+        first = max(self.made, made - size)
+        if size and first > self.made:
+            self._begin(first)
+        for index in range(first, made):
+            self.phantoms[index % size] = self.keep(next(self.coming))
         self.made, self.batches = made, batches
 
 
@@ -181,7 +202,7 @@ class CohortLoader:
         device: where the cohort lives and the batches are made.
         augmentation: the strength of `corner_affine`; 0 switches it off.
         seed: of the draws.
-        num_workers: processes that read the files.
+        num_workers: processes that read the files, and make simulated pairs ahead.
         simulated, share, pool, renewal: see `Pool`.
         rank, world_size: which of how many processes this is.
 

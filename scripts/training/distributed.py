@@ -122,6 +122,5 @@ class JointLoss:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._average)
 
     def _average(self, engine: Engine) -> None:
-        joint = all_reduce(engine.state.output[0]["loss"]) / distributed.get_world_size()
-        for output in engine.state.output:
-            output["loss"] = joint
+        share = engine.state.output["loss"].detach() / distributed.get_world_size()
+        engine.state.output["loss"] = all_reduce(share)

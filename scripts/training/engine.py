@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from scripts.data.files import written_whole
@@ -44,7 +46,10 @@ def prepare_gland_batch(
 
 
 class TrainingProgress:
-    """One progress bar over all iterations of a run, with the current loss and the time left."""
+    """One progress bar over all iterations of a run, with the current loss and the time left.
+
+    The loss is read once a second: to read it waits for the device.
+    """
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self._open)
@@ -53,11 +58,52 @@ class TrainingProgress:
 
     def _open(self, engine: Engine) -> None:
         total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(total=total, desc="Training", unit="step", mininterval=1)
+        self.bar, self.read = tqdm(total=total, desc="Training", unit="step", mininterval=1), 0.0
 
     def _step(self, engine: Engine) -> None:
-        self.bar.set_postfix(loss=f"{engine.state.output[0]['loss']:.3f}", refresh=False)
+        last = engine.state.iteration == self.bar.total
+        if last or time.monotonic() - self.read > self.bar.mininterval:
+            self.bar.set_postfix(loss=f"{engine.state.output['loss'].item():.3f}", refresh=False)
+            self.read = time.monotonic()
         self.bar.update(engine.state.iteration - self.bar.n)  # a resumed run starts further on
+
+
+class LossCurve:
+    """Write the loss of each step for TensorBoard, several steps at a time: to read one waits for the device.
+
+    Args:
+        log_dir: the folder of the events.
+        every: so many steps are read together; fewer at the end of an epoch.
+    """
+
+    def __init__(self, log_dir: str, every: int = 50) -> None:
+        self.log_dir, self.every = log_dir, every
+        self.losses: list[tuple[int, Tensor]] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._open)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._add)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._write)
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self._close)
+
+    def _open(self) -> None:
+        self.writer = SummaryWriter(self.log_dir)
+
+    def _add(self, engine: Engine) -> None:
+        self.losses.append((engine.state.iteration, engine.state.output["loss"].detach()))
+        if len(self.losses) >= self.every:
+            self._write()
+
+    def _write(self) -> None:
+        if self.losses:
+            steps, losses = zip(*self.losses, strict=True)
+            for step, loss in zip(steps, torch.stack(losses).tolist(), strict=True):
+                self.writer.add_scalar("train_loss", loss, step)
+            self.losses = []
+
+    def _close(self) -> None:
+        self._write()
+        self.writer.close()
 
 
 class LearningRate:

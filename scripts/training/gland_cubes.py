@@ -2,50 +2,63 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
-from monai.networks.layers import GaussianFilter
-from scipy.spatial.transform import Rotation
 from torch import Tensor
-from torch.nn import functional as F
 
 from scripts.data.checks import InputError
-from scripts.registration.orientation import turned
-from scripts.registration.segmentation import SIDE, WHOLE, close_up, cube_affine, frame, on_cube, standardised
-from scripts.training.cohort import SIDES, CohortLoader
+from scripts.network import fields
+from scripts.network.segmentation import ORIENTATIONS
+from scripts.registration.orientation import upright_axes
+from scripts.registration.segmentation import SIDE, WHOLE, close_up, coarsened, cube_affine, frame, standardised
+from scripts.training.cohort import SIDES
+from scripts.training.cubes import KNOTS, CubeLoader, bent, moved, seen
 
-KNOTS = 5  # along each axis, between which the random warp of a cube is linear
+PASSES = ((False, WHOLE), (True, WHOLE), (True, SIDE))  # close to the gland or not, and voxels along an edge
+SHARES = (0.25, 0.35, 0.4)  # of the batches
+FINER = 0.85  # a volume is kept as coarse as cubes need of which the voxels are so much smaller than a pass's
+MARGIN = 1.5  # of what is kept around the gland, so that what is moved or turned is still there
+STORED = torch.stack([upright_axes(torch.eye(3), way).T for way in range(ORIENTATIONS)])  # of a stored cube -> upright
 
 
-class Draw(NamedTuple):
-    """A random cube of a volume, and how what it shows is changed.
+class Kept(NamedTuple):
+    """What one of the passes needs of a volume.
 
     Attributes:
-        volume: image and gland, (2, X, Y, Z).
-        affine: voxel of the cube -> world.
-        knots: displacement at the knots of the random warp, in edges of the cube, (1, 3, KNOTS, KNOTS, KNOTS).
-        way: how the cube is stored, see `scripts.registration.orientation`.
-        gamma, slope: of the grey levels, and relative slope along each axis.
-        sigma: of a blur, voxels of a cube of `WHOLE`; None for none.
-        noise: standard deviation of the noise, of the brightest voxel.
+        volume: image, from 0 to 1, and gland, (2, X, Y, Z), half precision.
+        to_voxel: from the cube that the pass sees, its centre 0 and its edges 1, to the volume's voxels, (3, 4).
+        image: the voxels, relative to these, at the two ends of the image, which goes beyond what is kept, (2, 3).
+        last: the last voxel that is kept, (3,).
     """
 
-    volume: MetaTensor
-    affine: Tensor
-    knots: Tensor
-    way: int
-    gamma: float
-    slope: np.ndarray
-    sigma: float | None
-    noise: float
+    volume: Tensor
+    to_voxel: Tensor
+    image: Tensor
+    last: Tensor
 
 
-class GlandLoader(CohortLoader):
+def kept(volume: MetaTensor, centre: Tensor, axes: Tensor, length: float, side: int, margin: float) -> Kept:
+    """Of a volume (2, X, Y, Z) the surroundings of a cube, see `cube_affine`, of `margin` times its edges."""
+    coarse = coarsened(volume, cube_affine(centre, axes, FINER * length, side))
+    size = torch.tensor(coarse.shape[1:])
+    to_voxel = torch.linalg.inv(coarse.affine.double()) @ cube_affine(centre, axes, length, 1)
+    reach = margin / 2 * to_voxel[:3, :3].abs().sum(1)
+    first = (to_voxel[:3, 3] - reach).floor().clamp_min(0).minimum(size - 1).long()
+    last = (to_voxel[:3, 3] + reach).ceil().minimum(size - 1).long().maximum(first)
+    cut = [slice(low, high + 1) for low, high in zip(first.tolist(), last.tolist(), strict=True)]
+    to_voxel[:3, 3] -= first
+    image = torch.stack([-0.5 - first, size - 0.5 - first])
+    data = coarse.as_tensor()[(slice(None), *cut)].half()
+    return Kept(data.contiguous(), *(t.to(data.device, torch.float32) for t in (to_voxel[:3], image, last - first)))
+
+
+class GlandLoader(CubeLoader):
     """Batches for the gland network: cubes of single volumes, MR and TRUS alike, real and simulated.
 
     The cubes of a batch are either whole volumes, or close to the gland, coarse or fine, as the three passes see them.
@@ -67,11 +80,10 @@ class GlandLoader(CohortLoader):
     """
 
     def __init__(
-        self, *arguments: Any, augmentation: float = 1.0, seed: int = 0, misoriented_share: float = 0.0, **named: Any
+        self, *arguments: Any, augmentation: float = 1.0, misoriented_share: float = 0.0, **named: Any
     ) -> None:
-        super().__init__(*arguments, augmentation=augmentation, seed=seed, **named)
-        self.misoriented_share = misoriented_share
-        self.noise = torch.Generator(self.device).manual_seed(seed)
+        super().__init__(*arguments, augmentation=augmentation, **named)
+        self.misoriented_share, self.stored = misoriented_share, STORED.to(self.device)
         groups = defaultdict(list)
         for item in self.pool.pairs:
             groups[item["group"]].append(item)
@@ -79,88 +91,81 @@ class GlandLoader(CohortLoader):
         often = np.sqrt([len(group) for group in self.groups])
         self.often = often / often.sum()
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"noise": self.noise.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.noise.set_state(state["noise"].cpu())
-
     def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """A volume, or the two of a simulated pair, with where its gland lies."""
+        """What each of the passes needs of a volume, or of the two of a simulated pair."""
         if "image" in data:
             parts = [(data["image"], data["label"])]
         else:
             parts = [(data[f"{side}_image"], data[f"{side}_label"]) for side in SIDES]
-        kept = {"case": data["case"], "group": data.get("group"), "volumes": []}
+        item = {"case": data["case"], "group": data.get("group"), "volumes": []}
         for image, label in parts:
             gland = label[:1].as_tensor().to(self.device, torch.float32)
             if not gland.any():
                 raise InputError(f"{data['case']}: label 0, the gland, is empty")
             dark = image.as_tensor().to(gland)
-            volume = MetaTensor(torch.cat([dark - dark.min(), gland]), affine=image.affine)  # nothing is darker
-            kept["volumes"].append((volume, frame(image), close_up(label[:1])))
-        return kept
+            dark = dark - dark.min()  # nothing is darker
+            volume = MetaTensor(torch.cat([dark / dark.max().clamp_min(1e-6), gland]), affine=image.affine)
+            centre, axes, length = frame(image)
+            where = {False: (centre, axes, length), True: (close_up(label[:1])[0], axes, close_up(label[:1])[1])}
+            margins = {False: math.inf, True: MARGIN}
+            item["volumes"].append([kept(volume, *where[near], side, margins[near]) for near, side in PASSES])
+        return item
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for _ in range(self.epoch_length):
-            near, side = ((False, WHOLE), (True, WHOLE), (True, SIDE))[self.random.choice(3, p=(0.25, 0.35, 0.4))]
-            cases, drawn = zip(*[self._draw(near) for _ in range(self.batch_size)], strict=True)
-            noise = torch.randn((self.batch_size, 1, *[side] * 3), generator=self.noise, device=self.device)
+            number = self.random.choice(len(PASSES), p=SHARES)
+            cases, volumes = zip(*[self._drawn() for _ in range(self.batch_size)], strict=True)
+            change = {key: value[self.mine] for key, value in self._changes(*PASSES[number]).items()}
             self.pool.renew()
-            cubes = [self._cube(draw, side, level) for draw, level in zip(drawn, noise, strict=True)][self.mine]
-            image, label = torch.cat(cubes).split(1, dim=1)
-            ways = torch.tensor([draw.way for draw in drawn[self.mine]], device=self.device)
-            yield {"image": standardised(image), "label": label, "orientation": ways, "case": list(cases[self.mine])}
+            shown = [volume[number] for volume in volumes]
+            size = [max(one.volume.shape[axis] for one in shown) for axis in range(1, 4)]
+            batch = self._batch(shown[self.mine], size, change, PASSES[number][1])
+            yield batch | {"case": list(cases[self.mine])}
 
-    def _drawn_volume(self) -> tuple[str, MetaTensor, tuple, tuple]:
+    def _drawn(self) -> tuple[str, Sequence[Kept]]:
+        """A case, and what each pass needs of one of its volumes."""
         if self.pool.simulates(self.random):
             among = self.pool.phantoms
         else:
             among = self.groups[self.random.choice(len(self.groups), p=self.often)]
         item = among[self.random.integers(len(among))]
-        return item["case"], *item["volumes"][self.random.integers(len(item["volumes"]))]
+        return item["case"], item["volumes"][self.random.integers(len(item["volumes"]))]
 
-    def _draw(self, near: bool) -> tuple[str, Draw]:
-        """A case, and a random cube of one of its volumes: of the whole, or near the gland."""
-        random, strength = self.random, self.augmentation
-        case, volume, (centre, axes, length), close = self._drawn_volume()
-        if near:
-            centre, length = close
-        turn = Rotation.from_rotvec(random.normal(0, 6 * strength, 3), degrees=True)
-        stretch = np.exp(random.normal(0, 0.08 * strength, 3))
-        if strength and random.random() < 0.5:
-            stretch[0] *= -1
-        axes = axes @ torch.from_numpy(np.diag(stretch) @ turn.as_matrix())
-        shift = torch.from_numpy(random.uniform(-0.1, 0.1, 3) * strength * length)
-        nearer = np.exp(random.uniform(-0.25 if near else -0.35, 0.2) * strength)
-        knots = random.normal(0, 0.02 * strength, (1, 3, *[KNOTS] * 3)) * (random.random() < 0.5)
-        way = int(random.integers(8)) if random.random() < self.misoriented_share else 0
-        gamma, slope = float(np.exp(random.normal(0, 0.3 * strength))), random.normal(0, 0.3 * strength, 3)
-        sigma = float(random.uniform(0.4, 1.0)) * strength if random.random() < 0.3 and strength else None
-        noise = float(random.uniform(0, 0.06)) * strength
-        cube = cube_affine(centre + shift, axes, length * nearer, WHOLE)
-        return case, Draw(volume, cube, torch.from_numpy(knots).float(), way, gamma, slope, sigma, noise)
+    def _changes(self, near: bool, side: int) -> dict[str, Tensor]:
+        """Everything random of a batch, (B, …); lengths are in edges of the cube that the pass sees."""
+        strength, least = self.augmentation, -0.25 if near else -0.35
+        linear = self._frame(6)
+        nearer = ((least + (0.2 - least) * self._uniform(1, 1)) * strength).exp()
+        way = (self._uniform() * ORIENTATIONS).long() * (self._uniform() < self.misoriented_share)
+        return {
+            "linear": linear * nearer,
+            "shift": 0.1 * strength * (2 * self._uniform(3) - 1),
+            "knots": 0.02 * strength * self._normal(3, *[KNOTS] * 3) * (self._uniform(1, 1, 1, 1) < 0.5),
+            "way": way,
+            **self._looks(1, side),
+        }
 
-    def _cube(self, draw: Draw, side: int, noise: Tensor) -> Tensor:
-        """Image and gland (1, 2, side, side, side) of a draw; `noise` is (1, side, side, side)."""
-        grow = torch.diag(torch.tensor([WHOLE / side] * 3 + [1.0], dtype=torch.float64))
-        grow[:3, 3] = (WHOLE / side - 1) / 2  # the same cube in other voxels
-        ddf = None
-        if draw.knots.any():
-            ddf = F.interpolate(draw.knots.to(self.device), [side] * 3, mode="trilinear", align_corners=True) * side
-        image, label = on_cube(draw.volume, draw.affine @ grow, side, ddf).split(1, dim=1)
-        if self.augmentation:
-            image = _bent(image, draw.gamma, draw.slope)
-            if draw.sigma is not None:
-                image = GaussianFilter(3, draw.sigma * side / WHOLE).to(self.device)(image)
-            image = image + draw.noise * noise
-        return turned(torch.cat([image, label], dim=1), draw.way)
+    def _batch(
+        self, volumes: Sequence[Kept], size: Sequence[int], change: Mapping[str, Tensor], side: int
+    ) -> dict[str, Tensor]:
+        """Cubes of `side` voxels along an edge, changed, from volumes padded to `size`."""
+        grid = (fields.identity_grid([side] * 3, torch.float32, self.device) - (side - 1) / 2) / side
+        grid = torch.einsum("bij,j...->bi...", self.stored[change["way"]], grid)
+        grid = moved(change["linear"], change["shift"], grid + bent(change["knots"], side))
+        to_voxel, image, last = (torch.stack(parts) for parts in list(zip(*volumes, strict=True))[1:])
+        points = moved(to_voxel[:, :, :3], to_voxel[:, :, 3], grid)
+        low, high = image[..., None, None, None].unbind(1)
+        inside = ((points >= low) & (points <= high)).all(1, keepdim=True)
+        points = points.clamp_min(0).minimum(last[..., None, None, None])
+        sampled = fields.sample(padded([one.volume for one in volumes], size), points) * inside
+        image, label = sampled.split(1, dim=1)
+        image = image / image.amax((1, 2, 3, 4), keepdim=True).clamp_min(1e-6)
+        return {"image": standardised(seen(image, change)), "label": label, "orientation": change["way"]}
 
 
-def _bent(image: Tensor, gamma: float, slope: np.ndarray) -> Tensor:
-    """Grey levels (1, 1, X, Y, Z), ≥ 0, to a power, and brighter along each axis."""
-    image = (image / image.amax().clamp_min(1e-6)) ** gamma
-    x, y, z = torch.from_numpy(slope).to(image)
-    i, j, k = (torch.linspace(-1, 1, size, device=image.device) for size in image.shape[2:])
-    return image * (x * i[:, None, None] + y * j[:, None] + z * k).exp()
+def padded(volumes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """Volumes (C, X, Y, Z) as one batch (B, C, *size), float32, zero beyond their ends."""
+    batch = volumes[0].new_zeros((len(volumes), len(volumes[0]), *size), dtype=torch.float32)
+    for one, volume in zip(batch, volumes, strict=True):
+        one[(slice(None), *(slice(n) for n in volume.shape[1:]))] = volume
+    return batch

@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.networks.layers import GaussianFilter
 from torch import Tensor
 from torch.nn import functional as F
 
 from scripts.data.checks import InputError
 from scripts.network import fields
 from scripts.registration.segmentation import CLOSE, NOMINAL, close_up, coarsened, cube_affine, frame, moments
-from scripts.training.cohort import SIDES, CohortLoader
+from scripts.training.cohort import SIDES
+from scripts.training.cubes import KNOTS, CubeLoader, bent, moved, rotation, seen
 
 MARGIN = {"fixed": 1.25, "moving": 1.5}  # of the cubes that are kept, so that what is turned or moved is still there
-KNOTS = 5  # along each axis, between which a random warp is linear
 START = {"shift": 2.2, "stretch": 0.05, "turn": 3.0}  # error of a learned start: mm, relative, degrees; per axis
 HEAVY, HEAVY_SHARE = 2.5, 0.15  # so much larger is the shift of so many draws
 
@@ -33,7 +32,7 @@ def nominal_voxel(side: int) -> float:
     return CLOSE * NOMINAL / side
 
 
-class PairCubeLoader(CohortLoader):
+class PairCubeLoader(CubeLoader):
     """Endless variety from labelled pairs, real and simulated, each in the cube of its fixed gland.
 
     A draw turns, stretches, mirrors and shifts both images together; the moving one alone once more, by the error of an
@@ -64,19 +63,10 @@ class PairCubeLoader(CohortLoader):
         augmentation: float = 1.0,
         start_error: float = 1.0,
         warp: float = 0.0,
-        seed: int = 0,
         **named: Any,
     ) -> None:
         self.side, self.start_error, self.warp = side, start_error, warp
-        super().__init__(*arguments, augmentation=augmentation, seed=seed, **named)
-        self.draws = torch.Generator(self.device).manual_seed(seed)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"draws": self.draws.get_state()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(state)
-        self.draws.set_state(state["draws"].cpu())
+        super().__init__(*arguments, augmentation=augmentation, **named)
 
     def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
         """Image and gland of either side in its cube, half precision, and the labels' centroids from its centre."""
@@ -114,37 +104,23 @@ class PairCubeLoader(CohortLoader):
             changes = self._changes()
             yield self._batch(pairs[self.mine], {key: value[self.mine] for key, value in changes.items()})
 
-    def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(self.batch_size, *shape, generator=self.draws, device=self.device)
-
-    def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(self.batch_size, *shape, generator=self.draws, device=self.device)
-
     def _drawn(self) -> list[dict[str, Any]]:
-        simulated, which = self._uniform(2).T.tolist()
-        share = self.pool.share if self.pool.phantoms else 0
-        among = [self.pool.phantoms if one < share else self.pool.pairs for one in simulated]
-        return [some[int(at * len(some))] for some, at in zip(among, which, strict=True)]
+        return [self.pool.draw(self.random) for _ in range(self.batch_size)]
 
     def _changes(self) -> dict[str, Tensor]:
         """Everything random of a batch, (B, …)."""
         strength, error, mm = self.augmentation, self.start_error, 1 / nominal_voxel(self.side)
-        mirror = torch.ones(self.batch_size, 3, device=self.device)
-        mirror[:, 0] = torch.where(self._uniform() < 0.5 * bool(strength), -1.0, 1.0)
-        stretch = mirror * (0.08 * strength * self._normal(3)).exp()
+        frame = self._frame(8)
         heavy = torch.where(self._uniform(1) < HEAVY_SHARE, HEAVY, 1.0)
-        turn, wrong_turn = (_rotation(self._normal(3) * math.radians(d)) for d in (8 * strength, START["turn"] * error))
+        wrong_turn = rotation(math.radians(START["turn"] * error) * self._normal(3))
         wrong_stretch = (START["stretch"] * error * self._normal(3)).exp()
         return {
-            "frame": turn @ torch.diag_embed(stretch),  # of the batch -> of what is kept
+            "frame": frame,  # of the batch -> of what is kept
             "centre": 2 * strength * mm * self._normal(3),
             "wrong": torch.diag_embed(wrong_stretch) @ wrong_turn,
             "shift": START["shift"] * error * mm * heavy * self._normal(3),
             "knots": self.warp * mm * self._normal(3, *[KNOTS] * 3) * (self._uniform(1, 1, 1, 1) < 0.7),
-            "gamma": (0.3 * strength * self._normal(2, 1, 1, 1)).exp(),
-            "slope": 0.3 * strength * self._normal(2, 3),
-            "blur": (self._uniform(2) < 0.3) * (0.4 + 0.6 * self._uniform(2)) * strength * self.side / 32,
-            "noise": 0.06 * strength * self._uniform(2, 1, 1, 1) * self._normal(2, *[self.side] * 3),
+            **self._looks(2, self.side),
         }
 
     def _batch(self, pairs: list[dict[str, Any]], change: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -152,11 +128,12 @@ class PairCubeLoader(CohortLoader):
         grid = fields.identity_grid([side] * 3, torch.float32, self.device) - (side - 1) / 2
         grid = grid.expand(len(pairs), -1, -1, -1, -1)
         frame, centre = change["frame"], change["centre"]
-        bent = F.interpolate(change["knots"], [side] * 3, mode="trilinear", align_corners=True)
+        warp = bent(change["knots"], side)
         places = {
-            "fixed": _moved(frame, centre, grid),
-            "moving": _moved(frame, centre, _moved(change["wrong"], change["shift"], grid) + bent),
+            "fixed": moved(frame, centre, grid),
+            "moving": moved(frame, centre, moved(change["wrong"], change["shift"], grid) + warp),
         }
+        back = torch.linalg.inv_ex(frame).inverse  # `inv` waits for the device to say that there is one
         images, labels, glands, points = {}, {}, [], {}
         most = max(len(pair["fixed_points"]) for pair in pairs)
         for name in SIDES:
@@ -169,57 +146,27 @@ class PairCubeLoader(CohortLoader):
                 F.pad(p[f"{name}_points"], (0, 0, 0, most - len(p["fixed_points"])), value=math.nan) for p in pairs
             ]
             away = torch.stack(known) - centre[:, None]
-            points[name] = torch.einsum("bij,bkj->bki", torch.linalg.inv(frame), away)
-        points["moving"] = _before(points["moving"], change, bent)
+            points[name] = torch.einsum("bij,bkj->bki", back, away)
+        points["moving"] = _before(points["moving"], change, warp if self.warp else None)
         outside = (points["fixed"].abs() > side / 2 - 1).any(-1, keepdim=True)
         points["fixed"] = points["fixed"].masked_fill(outside, math.nan)
         image = torch.cat([images[name] for name in SIDES], dim=1)
         return {
-            "image": torch.cat([self._seen(image, change), *glands], dim=1),
+            "image": torch.cat([seen(image, change), *glands], dim=1),
             **{f"{name}_label": labels[name] for name in SIDES},
             **{f"{name}_points": points[name] + (side - 1) / 2 for name in SIDES},
             "spacing": torch.full((len(pairs), 3), nominal_voxel(side), dtype=torch.float64),
             "case": [pair["case"] for pair in pairs],
         }
 
-    def _seen(self, image: Tensor, change: Mapping[str, Tensor]) -> Tensor:
-        """Images (B, 2, S, S, S), from 0 to 1, as another scanner might show them."""
-        if not self.augmentation:
-            return image
-        along = torch.linspace(-1, 1, self.side, device=self.device)
-        image = image.clamp_min(1e-6) ** change["gamma"]
-        x, y, z = change["slope"].unbind(-1)
-        slope = [
-            x[..., None, None, None] * along[:, None, None],
-            y[..., None, None, None] * along[:, None],
-            z[..., None, None, None] * along,
-        ]
-        image = image * sum(slope).exp()
-        for b, m in (change["blur"] > 0).nonzero().tolist():
-            blur = GaussianFilter(3, change["blur"][b, m].item()).to(self.device)
-            image[b, m] = blur(image[b : b + 1, m : m + 1])[0, 0]
-        return image + change["noise"]
 
-
-def _rotation(turn: Tensor) -> Tensor:
-    """Rotation vectors (B, 3), radians -> matrices (B, 3, 3)."""
-    zero = torch.zeros_like(turn[:, 0])
-    x, y, z = turn.unbind(1)
-    return torch.matrix_exp(torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], dim=1).view(-1, 3, 3))
-
-
-def _moved(linear: Tensor, shift: Tensor, points: Tensor) -> Tensor:
-    """Linear maps (B, 3, 3) and shifts (B, 3) applied to points (B, 3, X, Y, Z)."""
-    return torch.einsum("bij,bj...->bi...", linear, points) + shift[..., None, None, None]
-
-
-def _before(points: Tensor, change: Mapping[str, Tensor], bent: Tensor) -> Tensor:
-    """Where points (B, K, 3) came from: y with ``wrong y + shift + bent(y)`` = point, from the middle of the cube."""
-    back, away = torch.linalg.inv(change["wrong"]), points - change["shift"][:, None]
+def _before(points: Tensor, change: Mapping[str, Tensor], warp: Tensor | None) -> Tensor:
+    """Where points (B, K, 3) came from: y with ``wrong y + shift + warp(y)`` = point, from the middle of the cube."""
+    back, away = torch.linalg.inv_ex(change["wrong"]).inverse, points - change["shift"][:, None]
     at = torch.einsum("bij,bkj->bki", back, away)
-    if not bent.any():
+    if warp is None:
         return at
     for _ in range(20):  # a warp that does not fold contracts
-        there = fields.at_points(bent, at.nan_to_num() + (bent.shape[-1] - 1) / 2)
+        there = fields.at_points(warp, at.nan_to_num() + (warp.shape[-1] - 1) / 2)
         at = torch.einsum("bij,bkj->bki", back, away - there)
     return at

@@ -170,7 +170,7 @@ def test_each_overlay_trains_a_step(name, two_pairs, tmp_path):
     workflow.initialize()
     workflow.run()
     assert workflow.trainer.state.iteration == 1
-    assert math.isfinite(workflow.trainer.state.output[0]["loss"])
+    assert math.isfinite(workflow.trainer.state.output["loss"])
     assert all(parameter.isfinite().all() for parameter in workflow.trainer.network.parameters())
 
 
