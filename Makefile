@@ -15,8 +15,12 @@ test: .venv/installed-test  ## the whole test suite
 	$(BIN)/python -m pytest -q -n auto --dist loadfile tests
 
 bench: .venv/installed .venv-bench/installed  ## every comparison of docs/benchmarks.md, about an hour; leave the machine alone
+ifeq ($(DEVICE),cuda)
+	for part in loss registration training growth; do $(BIN)/python benchmarks/$$part.py --device cuda || exit 1; done
+else
 	for part in loss registration training prefilt classical growth; do .venv-bench/bin/python benchmarks/$$part.py || exit 1; done
 	$(BIN)/python benchmarks/startup.py
+endif
 
 faults: .venv/installed-test  ## processes, disks and files that fail, repeated; the table of docs/reliability.md
 	$(BIN)/python -m pytest -q -m slow tests

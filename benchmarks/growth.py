@@ -1,11 +1,10 @@
 """How time and memory of loss, registration and training step grow with voxels and channels: docs/growth.png.
 
-python benchmarks/growth.py
+python benchmarks/growth.py [--device cuda]
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from matplotlib.ticker import NullLocator  # noqa: E402
 
-from benchmarks.measure import ROOT, devices, peak_memory, race, record  # noqa: E402
+from benchmarks.measure import ROOT, options, peak_memory, race, record  # noqa: E402
 from scripts.network.fields import warp  # noqa: E402
 from scripts.network.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss  # noqa: E402
 from scripts.network.networks import SummedDDFNet  # noqa: E402
@@ -71,11 +70,11 @@ WORK = {"loss": loss_of, "registration": registration_of, "training step": step_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--channels", type=int, default=32, help="n0 of the growth with voxels")
     parser.add_argument("--limit", type=float, default=30, help="seconds of a call after which nothing larger is run")
     arguments = parser.parse_args()
-    device = devices()[-1]
+    device = arguments.device
     rows = []
     for axis, values in (("voxels", SIDES), ("channels", CHANNELS)):
         for name, make in WORK.items():
@@ -99,8 +98,8 @@ def main() -> None:
                 | {"exponent of seconds": fit[0], "exponent of memory": fit[1]}
                 | {"points": [[float(v) for v in p] for p in points]}
             )
-    draw(rows, ROOT / "docs" / "growth.png")
-    record("growth", [{k: v for k, v in row.items() if k != "points"} for row in rows], {"points": rows})
+    draw(rows, ROOT / "docs" / ("growth.png" if device.type == "cpu" else "growth_on_a_gpu.png"))
+    record("growth", [{k: v for k, v in row.items() if k != "points"} for row in rows], {"points": rows}, device)
 
 
 def draw(rows: list[dict], path: Path) -> None:

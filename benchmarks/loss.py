@@ -1,11 +1,10 @@
 """Multiscale label losses, value and gradient: the closed form against MONAI and against filtering each scale.
 
-python benchmarks/loss.py
+python benchmarks/loss.py [--device cuda]
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +17,10 @@ from monai.losses.multi_scale import make_gaussian_kernel  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from benchmarks.measure import check_same, compared, devices, peak_memory, race, record, table  # noqa: E402
+from benchmarks.measure import check_same, compared, options, peak_memory, race, record, table  # noqa: E402
 from scripts.network.losses import PAPER_SCALES, MultiscaleCrossEntropyLoss, MultiscaleDiceLoss, gaussian_matrix  # noqa: E402
 
+torch.backends.cudnn.allow_tf32 = False  # a GPU's convolutions would round to 10 bits, and the sides are compared
 TOLERANCE = 1e-4  # of the largest gradient, float32 against float32
 SIZES = ((48, 48, 48), (104, 104, 88), (128, 128, 128))
 
@@ -65,18 +65,15 @@ def balls(batch: int, size: tuple[int, ...], device: torch.device) -> tuple[Tens
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="48³ only, nothing recorded")
-    quick = parser.parse_args().quick
-    rows = []
-    for device in devices():
-        for size in SIZES[:1] if quick else SIZES:
-            for batch in (1, 4):
-                rows += compare(device, size, batch)
-    if quick:
+    arguments = parser.parse_args()
+    sizes = SIZES[:1] if arguments.quick else SIZES
+    rows = [row for size in sizes for batch in (1, 4) for row in compare(arguments.device, size, batch)]
+    if arguments.quick:
         print(table(rows))
     else:
-        record("loss", rows)
+        record("loss", rows, device=arguments.device)
 
 
 def compare(device: torch.device, size: tuple[int, ...], batch: int) -> list[dict]:

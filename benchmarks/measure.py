@@ -6,6 +6,7 @@ in turn, and only after a check that they compute the same.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import re
@@ -25,9 +26,12 @@ RESULTS = ROOT / "benchmarks" / "results.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
 
 
-def devices() -> list[torch.device]:
-    """The CPU, and the GPU where there is one."""
-    return [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+def options(doc: str) -> argparse.ArgumentParser:
+    """The command line of a part that runs on a CPU or a GPU."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    there = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    parser.add_argument("--device", type=torch.device, default="cpu", help=f"here: {', '.join(there)}")
+    return parser
 
 
 def clock(function: Callable[[], Any], device: torch.device | str = "cpu") -> float:
@@ -50,13 +54,14 @@ def race(
     Args:
         sides: name -> function.
         device: where they work.
-        budget: no new round is started after this many seconds; a side whose warm-up took that long is not run again,
-            its warm-up is its time.
+        budget: no new round is started after this many seconds, on a GPU after an eighth of them; a side whose warm-up
+            took that long is not run again, its warm-up is its time.
         most: turns at most.
 
     Returns:
         name -> `seconds` (median), `fastest`, `slowest`, `rounds`, the calls timed.
     """
+    budget = budget / 8 if torch.device(device).type == "cuda" else budget
     times = {name: [clock(function, device)] for name, function in sides.items()}
     quick = [name for name, t in times.items() if t[0] < budget]
     for name in quick:
@@ -146,8 +151,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record(part: str, rows: list[dict[str, Any]], more: Mapping[str, Any] | None = None) -> None:
-    """Put a part's rows, and more, into results.json, and its table into docs/benchmarks.md, between its markers."""
+def record(
+    part: str, rows: list[dict[str, Any]], more: Mapping[str, Any] | None = None, device: torch.device | str = "cpu"
+) -> None:
+    """Put a part's rows, and more, into results.json, and its table into docs/benchmarks.md, between its markers.
+
+    Those of a GPU lie beside those of the CPU, under a name of their own.
+    """
+    part = part if torch.device(device).type == "cpu" else f"{part} on a GPU"
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     results[part] = {"machine": machine(), "rows": rows, **(more or {})}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")

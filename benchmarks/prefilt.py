@@ -13,7 +13,6 @@ python benchmarks/prefilt.py
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from benchmarks.loss import separable_dice  # noqa: E402
-from benchmarks.measure import check_same, compared, devices, race, record, table  # noqa: E402
+from benchmarks.measure import check_same, compared, options, race, record, table  # noqa: E402
 from benchmarks.training import SCALES, SMALL, files, our_step  # noqa: E402
 from scripts.network.fields import warp  # noqa: E402
 from scripts.network.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss, PrefilteredLoss  # noqa: E402
@@ -91,17 +90,14 @@ def rows(size: tuple[int, ...], channels: int, device: torch.device, budget: flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--quick", action="store_true", help="8 channels only, nothing recorded")
-    quick = parser.parse_args().quick
-    made = []
-    for device in devices():
-        made += rows(SMALL, 8, device, 40)
-        made += [] if quick else rows(SMALL, 32, device, 100)
-    if quick:
+    arguments = parser.parse_args()
+    made = rows(SMALL, 8, arguments.device, 40)
+    if arguments.quick:
         print(table(made))
     else:
-        record("prefilt", made)
+        record("prefilt", made + rows(SMALL, 32, arguments.device, 100), device=arguments.device)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Registration of one full-size pair: normalise, network, DDF, warped image; against the same with MONAI's LocalNet.
 
-python benchmarks/registration.py
+python benchmarks/registration.py [--device cuda]
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -23,8 +22,8 @@ from benchmarks.measure import (  # noqa: E402
     check_same,
     clock,
     compared,
-    devices,
     matrix_rate,
+    options,
     race,
     record,
     table,
@@ -47,8 +46,8 @@ def network(channels: int) -> SummedDDFNet:
 
 
 def unfolded(net: SummedDDFNet) -> SummedDDFNet:
-    """The same weights in the default layout, batch normalisation as a step of its own."""
-    plain = SummedDDFNet(net.down[0].conv.conv.out_channels).eval()
+    """The same weights, where they are, in the default layout, batch normalisation as a step of its own."""
+    plain = SummedDDFNet(net.down[0].conv.conv.out_channels).to(next(net.parameters()).device).eval()
     for p in plain.parameters():
         p.data = p.data.contiguous()
     plain.load_state_dict(net.state_dict())
@@ -87,12 +86,12 @@ def stock(net: nn.Module, moving: Tensor, fixed: Tensor, to_moving: Tensor, half
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--channels", type=int, default=32, help="n0; another than 32 is not recorded")
-    channels = parser.parse_args().channels
-    rows = [row for device in devices() for row in measure(device, channels)]
-    if channels == 32:
-        record("registration", rows)
+    arguments = parser.parse_args()
+    rows = measure(arguments.device, arguments.channels)
+    if arguments.channels == 32:
+        record("registration", rows, device=arguments.device)
     else:
         print(table(rows))
 
@@ -110,7 +109,8 @@ def measure(device: torch.device, channels: int) -> list[dict]:
         net(torch.cat([fixed, fixed], dim=1))
     work = counter.get_total_flops()
     plain = PrecisionInferer("float32")
-    reference = register(plain, unfolded(net), moving, fixed, to_moving)
+    apart = unfolded(net)
+    reference = register(plain, apart, moving, fixed, to_moving)
     print(f"{device.type}: {work / 1e9:.0f} GFLOP, largest displacement {reference[:, :3].abs().max():.1f} voxels")
     rows = []
     for precision, half in (("float32", False), ("bfloat16", True)):
@@ -129,9 +129,8 @@ def measure(device: torch.device, channels: int) -> list[dict]:
         if half:
             sides["LocalNet, bfloat16"] = lambda: stock(local, moving, fixed, to_moving, True)
         else:
-            sides["ours, batch norm apart, default layout"] = lambda: register(
-                plain, unfolded(network(channels)).to(device), moving, fixed, to_moving
-            )
+            name = "ours, batch norm apart, default layout"
+            sides[name] = lambda: register(plain, apart, moving, fixed, to_moving)
         timed = race(sides, device, budget=90, most=5)
         rate = matrix_rate(torch.bfloat16 if half else torch.float32, device)
         what = {"device": device.type, "precision": inferer.used, "pairs/s": 1 / timed["ours"]["seconds"]}

@@ -1,11 +1,10 @@
 """One training step: draw, augmentation, network, loss, backward, Adam; against the same step from MONAI's stock parts.
 
-python benchmarks/training.py
+python benchmarks/training.py [--device cuda]
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from monai.transforms import Compose, NormalizeIntensityd, RandAffined, Randomiz
 from monai.utils import set_determinism  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks.measure import check_same, devices, peak_memory, record, table  # noqa: E402
+from benchmarks.measure import check_same, options, peak_memory, record, table  # noqa: E402
 from scripts.data.datalist import datalist  # noqa: E402
 from scripts.data.pairs import LoadPaird  # noqa: E402
 from scripts.network.losses import BendingEnergy, LabelDrivenLoss, MultiscaleDiceLoss  # noqa: E402
@@ -147,23 +146,21 @@ def check_losses(device: torch.device) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--channels", type=int, default=32, help="n0; another than 32 is not recorded")
     parser.add_argument("--steps", type=int, default=4, help="timed steps of each side")
     arguments = parser.parse_args()
-    rows = []
-    for device in devices():
-        set_determinism(0)
-        check_losses(device)
-        size = FULL if device.type == "cuda" else SMALL
-        with tempfile.TemporaryDirectory() as folder:
-            pairs = files(size, Path(folder) / "cohort", pairs=8)
-            rows += compare(pairs, size, device, arguments.channels, arguments.steps)
-        if arguments.channels == 32:
-            with tempfile.TemporaryDirectory() as folder:
-                rows += full_size_memory(files(FULL, Path(folder) / "cohort", pairs=2), device)
+    device = arguments.device
+    set_determinism(0)
+    check_losses(device)
+    size = FULL if device.type == "cuda" else SMALL
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = files(size, Path(folder) / "cohort", pairs=8)
+        rows = compare(pairs, size, device, arguments.channels, arguments.steps)
     if arguments.channels == 32:
-        record("training", rows)
+        with tempfile.TemporaryDirectory() as folder:
+            rows += full_size_memory(files(FULL, Path(folder) / "cohort", pairs=2), device)
+        record("training", rows, device=device)
     else:
         print(table(rows))
 

@@ -46,8 +46,9 @@ def _sample(image: Tensor, grid: Tensor, mode: str, padding_mode: str | Sequence
     if padding_mode in ("zeros", "border"):
         return _grid_sample(image, grid, mode, padding_mode)
     modes = [padding_mode] * image.shape[1] if isinstance(padding_mode, str) else padding_mode
-    border = torch.tensor([m == "border" for m in modes], device=image.device).view(1, -1, 1, 1, 1)
-    return _grid_sample(image, grid, mode, "border") * (border | (grid.abs() <= 1).all(-1).unsqueeze(1))
+    inside = (grid.abs() <= 1).all(-1).unsqueeze(1)
+    counts = [torch.ones_like(inside) if m == "border" else inside for m in modes]
+    return _grid_sample(image, grid, mode, "border") * torch.cat(counts, dim=1)
 
 
 def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:

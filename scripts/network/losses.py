@@ -398,7 +398,8 @@ def way_back(ddf: Tensor, warped: Tensor, targets: Mapping[str, Tensor]) -> Tens
     grid = identity_grid(ddf.shape[2:], ddf.dtype, ddf.device)
     apart = _mean(grid, fixed) + _mean(ddf, fixed) - _mean(grid, moving)  # voxels
     voxel = spacing / (spacing * spacing.new_tensor(ddf.shape[2:])).norm(dim=1, keepdim=True)  # in diagonals
-    return (torch.relu(1 - 2 * reached(warped, targets)) * (apart * voxel.to(ddf)).norm(dim=1)).mean()
+    voxel = voxel.to(ddf.device, ddf.dtype, non_blocking=True)
+    return (torch.relu(1 - 2 * reached(warped, targets)) * (apart * voxel).norm(dim=1)).mean()
 
 
 def _mean(field: Tensor, label: Tensor) -> Tensor:
@@ -477,7 +478,7 @@ class LandmarkDrivenLoss(nn.Module):
         fixed, moving = fixed.nan_to_num(), moving.nan_to_num()
         forth = fixed + at_points(ddf, fixed) - moving
         back = moving - at_points(ddf, _came_from(ddf.detach(), moving)) - fixed
-        off = torch.cat([forth, back], 1) * targets["spacing"][:, None].to(ddf)
+        off = torch.cat([forth, back], 1) * targets["spacing"][:, None].to(ddf.device, ddf.dtype, non_blocking=True)
         off = off.square().sum(-1).clamp_min(1e-6).sqrt()
         off = torch.where(off < self.near, off.square() / (2 * self.near), off - self.near / 2)
         distance = (off * there.repeat(1, 2)).sum() / (2 * there.sum()).clamp_min(1)

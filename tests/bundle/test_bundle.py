@@ -161,15 +161,16 @@ def test_inference_registers_every_pair_of_a_folder(trained, cohort, tmp_path):
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_each_overlay_trains_a_step(name, two_pairs, tmp_path):
+def test_each_overlay_trains_a_step_and_ten_on_a_gpu(name, two_pairs, tmp_path):
+    steps = 10 if torch.cuda.is_available() else 1
     settings = {"dataset_dir": two_pairs, "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path)} | QUICK
-    settings |= {"phantom_pool": 2, "batch_size": 1, "iterations": 1, "epoch_length": 1}
+    settings |= {"phantom_pool": 2, "batch_size": 1, "iterations": steps, "epoch_length": steps}
     below = [str(CONFIGS / BELOW[name])] if name in BELOW else []
     files = [str(CONFIGS / "train.json"), *below, str(CONFIGS / name)]
     workflow = ConfigWorkflow(files, logging_file=False, **settings)
     workflow.initialize()
     workflow.run()
-    assert workflow.trainer.state.iteration == 1
+    assert workflow.trainer.state.iteration == steps
     assert math.isfinite(workflow.trainer.state.output["loss"])
     assert all(parameter.isfinite().all() for parameter in workflow.trainer.network.parameters())
 
