@@ -142,6 +142,39 @@ def a_run(folder, train="pass", evaluate="", fold=0, cases="ab"):
     return Run("baseline", fold, str(folder), ["-c", train], ["-c", evaluate or write], ["a", "b"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
+def test_a_fold_whose_machine_dies_goes_on_on_another(tmp_path):
+    """Two of Ray's nodes on this machine, a core each; one is killed while both train."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    go = tmp_path / "go"
+    train = f"""
+import os, pathlib, sys, time
+here = pathlib.Path("{{folder}}")
+(here / "checkpoint_epoch=1.pt").touch()
+(here / "pid").write_text(str(os.getpid()))
+print("resumed" if "--resume=True" in sys.argv else "began")
+while "--resume=True" not in sys.argv and not pathlib.Path({str(go)!r}).exists():
+    time.sleep(0.1)
+"""
+    folders = [tmp_path / f"fold{k}" for k in range(2)]
+    runs = [a_run(folder, train.format(folder=folder), fold=k) for k, folder in enumerate(folders)]
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        other = cluster.add_node(num_cpus=1)
+        futures = on_ray(runs, cluster.address, 1)
+        wait_for(lambda: all((folder / "pid").exists() for folder in folders), 120)
+        pids = [int((folder / "pid").read_text()) for folder in folders]
+        cluster.remove_node(other, allow_graceful=False)
+        wait_for(lambda: sum(Path(f"/proc/{pid}").exists() for pid in pids) == 1, 120)  # nothing trains on unseen
+        go.touch()
+        assert [future.result(240) for future in futures.values()] == [None, None]
+    finally:
+        sys.modules["ray"].shutdown()
+        cluster.shutdown()
+    assert sorted("\nresumed" in (folder / LOG).read_text() for folder in folders) == [False, True]
+
+
 def test_a_run_that_is_done_is_not_done_again(tmp_path):
     assert run_fold(a_run(tmp_path, "print('trained')")) is None
     assert json.loads((tmp_path / DONE).read_text())["cases"] == ["a", "b"]
