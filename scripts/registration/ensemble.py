@@ -43,11 +43,12 @@ class FieldEnsemble(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         fields = []
+        both = torch.cat([image, image.flip(2)])  # at once: a CPU convolves a single small cube at half the speed
         for member in self.members:
-            mirrored = member(image.flip(2)).flip(2)
-            mirrored[:, 0] = -mirrored[:, 0]
-            fields += [member(image), mirrored]
-        every = self.strength * torch.stack([field.float() for field in fields])
+            straight, mirrored = member(both).float().chunk(2)
+            mirrored = mirrored.flip(2) * mirrored.new_tensor([-1, 1, 1]).view(3, 1, 1, 1)
+            fields += [straight, mirrored]
+        every = self.strength * torch.stack(fields)
         mean = every.mean(0)
         apart = (every - mean).square().sum(2).mean(0).sqrt()
         where = image[:, 3] > 0.5 if image.shape[1] > 3 else torch.ones_like(apart, dtype=torch.bool)

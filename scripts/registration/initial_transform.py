@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
+from scipy.optimize import minimize
 from torch import Tensor
 
 from scripts.data import checks, formats
@@ -62,26 +64,24 @@ def maximum_a_posteriori(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
         (centre, covariance), (target, _) = moments(fixed), moments(moving)
         axes = to_world[:3, :3] / to_world[:3, :3].norm(dim=0)
         radius = torch.linalg.det(covariance) ** (1 / 6)
-        # a little off: at whole voxels interpolation has kinks
-        found = torch.full((6,), 0.02, dtype=torch.float64, requires_grad=True)
+        unlike = SameGlandLoss()
 
-        def transform() -> Tensor:
+        def transform(found: Tensor) -> Tensor:
             linear = axes @ torch.diag((STRETCH * found[3:]).exp()) @ torch.linalg.inv(axes)
             shift = target + radius * (STRETCH * found[:3]).tanh() - linear @ centre
             return torch.cat([torch.cat([linear, shift[:, None]], dim=1), torch.eye(4, dtype=torch.float64)[3:]])
 
-        optimizer = torch.optim.LBFGS([found], max_iter=60, tolerance_change=1e-9, line_search_fn="strong_wolfe")
-        unlike = SameGlandLoss()
-
-        def cost() -> Tensor:
-            optimizer.zero_grad()
-            seen = fields.resample(q, to_moving @ transform() @ to_world, p.shape[2:])
+        def cost(values: np.ndarray) -> tuple[float, np.ndarray]:
+            found = torch.tensor(values, requires_grad=True)
+            seen = fields.resample(q, to_moving @ transform(found) @ to_world, p.shape[2:])
             value = unlike(seen, p) + found[3:].square().sum() / 2 * TOGETHER
             value.backward()
-            return value
+            return value.item(), found.grad.numpy()
 
-        optimizer.step(cost)
-        return transform().detach()
+        begin = np.full(6, 0.02)  # a little off: at whole voxels interpolation has kinks
+        stop = {"maxiter": 60, "ftol": 1e-8, "gtol": 1e-5}  # 0.05 mm; beyond it kinks and float32 are in the way
+        best = minimize(cost, begin, jac=True, method="L-BFGS-B", options=stop)
+        return transform(torch.from_numpy(best.x)).detach()
 
 
 def align_glands(fixed: MetaTensor, moving: MetaTensor, kind: str) -> Tensor:

@@ -155,19 +155,19 @@ def look(networks: Sequence[nn.Module], cube: Tensor, way: int | None = None) ->
         The probability of the gland on the cube as it is, (predictions, 1, X, Y, Z), those of the networks straight
         first; the logarithm of the probability of each way, (8,), or None where they were not asked; the way.
     """
-    said = None
-    if way is None:
-        gland, logits = _seen(networks, cube)
-        said, way, straight = at_once(logits.cpu()), 0, gland[0]
+    asked = way is None
+    said, way = None, way or 0
+    # at once: a CPU convolves a single small cube at half the speed
+    (straight, mirrored), logits = _seen(networks, torch.cat([upright(cube, way), upright(cube, way).flip(2)]))
+    if asked:
+        said = at_once(logits[:1].cpu())
         if said[0] - said[1:].max() < SURE:
             others, more = _seen(networks, torch.cat([upright(cube, turn) for turn in range(1, ORIENTATIONS)]))
-            said = votes(torch.cat([logits, more]).cpu())
+            said = votes(torch.cat([logits[:1], more]).cpu())
             way = believed(said)
-            straight = torch.cat([gland, others])[way]
-    else:
-        straight = _seen(networks, upright(cube, way))[0][0]
-    mirrored = _seen(networks, upright(cube, way).flip(2))[0][0].flip(-3)
-    return turned(torch.cat([straight, mirrored]), way), said, way
+        if way:
+            straight, mirrored = others[way - 1], _seen(networks, upright(cube, way).flip(2))[0][0]
+    return turned(torch.cat([straight, mirrored.flip(-3)]), way), said, way
 
 
 def agreement(predictions: Tensor) -> float:
@@ -261,10 +261,11 @@ class SegmentGlandsd(Transform):
         side = len(seen)
         affine = cube_affine(centre, axes, length, side)
         total, times = seen.clone(), torch.ones_like(seen)
-        for size, mirrored in SIZES.items():
-            other = cube_affine(centre, axes, size * length, side)
-            cube = upright(standardised(on_cube(dark, other, side)).to(self.device), way)
-            found = _seen(self.networks, cube.flip(2) if mirrored else cube)[0][0].mean(0)[0].cpu()
+        others = [cube_affine(centre, axes, size * length, side) for size in SIZES]
+        cubes = [upright(standardised(on_cube(dark, other, side)), way) for other in others]
+        cubes = [cube.flip(2) if mirrored else cube for cube, mirrored in zip(cubes, SIZES.values(), strict=True)]
+        glands = _seen(self.networks, torch.cat(cubes).to(self.device))[0].mean(1)[:, 0].cpu()
+        for found, other, mirrored in zip(glands, others, SIZES.values(), strict=True):
             found = turned(found.flip(0) if mirrored else found, way)
             to_other = torch.linalg.inv(other) @ affine
             both = torch.stack([found, torch.ones_like(found)])[None]

@@ -171,7 +171,7 @@ def test_where_everything_is_gland_the_likeliest_start_keeps_near_the_centroids(
     (centre, covariance), (target, _) = moments(fixed), moments(moving)
     start = maximum_a_posteriori(fixed, moving)
     off = start[:3, :3] @ centre + start[:3, 3] - target
-    assert off.abs().max() <= torch.linalg.det(covariance) ** (1 / 6)
+    assert off.abs().max() <= torch.linalg.det(covariance) ** (1 / 6) * (1 + 1e-9)
 
 
 def test_the_plan_says_how_much_the_glands_differ_not_what_the_start_takes_of_it():
