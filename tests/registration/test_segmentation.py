@@ -395,6 +395,18 @@ def test_a_network_that_is_sure_that_a_cube_is_upright_is_asked_once(logit, cube
         assert torch.allclose(predictions, torch.stack([cube[0]] * 2).sigmoid()) and said.argmax() == 0
 
 
+def test_a_network_never_sees_a_cube_alone_which_a_cpu_would_convolve_at_half_the_speed(weights):
+    counts = []
+
+    class Counting(Bright):
+        def forward(self, cubes):
+            counts.append(len(cubes))
+            return super().forward(cubes)
+
+    SegmentGlandsd(Counting(), weights)(pair_of(1.0))
+    assert len(counts) >= 8 and min(counts) >= 2
+
+
 def test_another_start_looks_for_no_gland(tmp_path):
     pair = {"moving_image": 1, "fixed_image": 2}
     assert SegmentGlandsd(Bright(), str(tmp_path / "none.pt"), wanted=False)(pair) == pair
