@@ -123,7 +123,7 @@ class SecondStageNet(Standardised):
         self,
         initial_channels: int = 8,
         images: bool = False,
-        summands: Sequence[int] = (1, 2, 3),
+        summands: Sequence[int] = (0,),
         additive: bool = True,
     ) -> None:
         network = SummedDDFNet(
