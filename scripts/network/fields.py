@@ -46,9 +46,10 @@ def _sample(image: Tensor, grid: Tensor, mode: str, padding_mode: str | Sequence
     if padding_mode in ("zeros", "border"):
         return _grid_sample(image, grid, mode, padding_mode)
     modes = [padding_mode] * image.shape[1] if isinstance(padding_mode, str) else padding_mode
-    inside = (grid.abs() <= 1).all(-1).unsqueeze(1)
-    counts = [torch.ones_like(inside) if m == "border" else inside for m in modes]
-    return _grid_sample(image, grid, mode, "border") * torch.cat(counts, dim=1)
+    counts = inside = (grid.abs() <= 1).all(-1).unsqueeze(1)
+    if "border" in modes:
+        counts = torch.cat([torch.ones_like(inside) if m == "border" else inside for m in modes], dim=1)
+    return _grid_sample(image, grid, mode, "border") * counts
 
 
 def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:

@@ -74,21 +74,16 @@ def coarsened(volume: MetaTensor, affine: Tensor) -> MetaTensor:
     return MetaTensor(F.avg_pool3d(volume.as_tensor()[None].float(), blocks)[0], affine=own @ grow)
 
 
-def on_cube(volume: MetaTensor, affine: Tensor, side: int = SIDE, ddf: Tensor | None = None) -> Tensor:
+def on_cube(volume: MetaTensor, affine: Tensor, side: int = SIDE) -> Tensor:
     """A volume (C, X, Y, Z) on a cube, zero outside: (1, C, side, side, side), each voxel the mean of what it covers.
 
     Args:
         affine: voxel of the cube -> world, see `cube_affine`.
         side: voxels of the cube along each axis.
-        ddf: voxels of the cube, (1, 3, side, side, side), by which each looks elsewhere; None for nowhere.
     """
     coarse = coarsened(volume, affine)
     to_coarse = torch.linalg.inv(coarse.affine.double()) @ affine
-    if ddf is None:
-        return fields.resample(coarse.as_tensor()[None], to_coarse, [side] * 3, padding_mode="outside")
-    points = fields.identity_grid([side] * 3, ddf.dtype, ddf.device) + ddf
-    points = fields.transform_points(to_coarse.to(points), points)
-    return fields.sample(coarse.as_tensor()[None], points, padding_mode="outside")
+    return fields.resample(coarse.as_tensor()[None], to_coarse, [side] * 3, padding_mode="outside")
 
 
 def on_black(volume: MetaTensor) -> MetaTensor:
