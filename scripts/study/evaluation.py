@@ -44,7 +44,8 @@ class EvaluationTable:
     Args:
         output_dir: where to write `cases.csv` and `landmarks.csv`; None writes nothing.
         limits: of the flags; None leaves them out.
-        strengths: shares of the field whose scores are written too, to `strengths.csv`, a row for each and each label.
+        strengths: shares of the field that is predicted (at its `strength`) whose scores are written too, to
+            `strengths.csv`, a row for each and each label.
     """
 
     def __init__(
