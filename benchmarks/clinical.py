@@ -13,7 +13,6 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from benchmarks.measure import ROOT, machine, table  # noqa: E402
+from benchmarks.measure import ROOT, machine, older, table  # noqa: E402
 from scripts.phantoms.phantom import simulate_pair, write_pair  # noqa: E402
 
 PHANTOMS = {  # name -> grids, see `simulate_pair`
@@ -68,28 +67,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        old = folder / "old"
-        subprocess.run(["git", "-C", ROOT, "worktree", "add", "-q", "--detach", old, arguments.against], check=True)
-        try:
-            pairs = {"the files given": (arguments.moving, arguments.fixed)} if arguments.moving else {}
-            # in a process of their own: Linux counts this one's memory at the start of each that it starts
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
-                made = other.map(simulated, [folder] * len(PHANTOMS), range(len(PHANTOMS)), PHANTOMS.values())
-                pairs |= dict(zip(PHANTOMS, made, strict=True))
-            for title, pair in tqdm(pairs.items(), unit="pair"):
-                found = {side: [] for side in (arguments.against, "this commit")}
-                for turn in range(arguments.rounds):
-                    for side, code in zip(found, (old, ROOT), strict=True):
-                        found[side].append(run(code, *map(os.path.abspath, pair), folder / f"out_{side}_{turn}"))
-                middle = {s: {k: median(one[k] for one in runs) for k in runs[0]} for s, runs in found.items()}
-                for side, values in middle.items():
-                    share = values["seconds"] / middle[arguments.against]["seconds"]
-                    figures = {k: f"{v:.3g}" for k, v in values.items()} | {"share of the time": f"{share:.2f}"}
-                    rows.append({"pair": title, "side": side} | figures)
-        finally:
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", old], check=True)
+    with older(arguments.against) as old:
+        folder = old.parent
+        pairs = {"the files given": (arguments.moving, arguments.fixed)} if arguments.moving else {}
+        # in a process of their own: Linux counts this one's memory at the start of each that it starts
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+            made = other.map(simulated, [folder] * len(PHANTOMS), range(len(PHANTOMS)), PHANTOMS.values())
+            pairs |= dict(zip(PHANTOMS, made, strict=True))
+        for title, pair in tqdm(pairs.items(), unit="pair"):
+            found = {side: [] for side in (arguments.against, "this commit")}
+            for turn in range(arguments.rounds):
+                for side, code in zip(found, (old, ROOT), strict=True):
+                    found[side].append(run(code, *map(os.path.abspath, pair), folder / f"out_{side}_{turn}"))
+            middle = {s: {k: median(one[k] for one in runs) for k in runs[0]} for s, runs in found.items()}
+            for side, values in middle.items():
+                share = values["seconds"] / middle[arguments.against]["seconds"]
+                figures = {k: f"{v:.3g}" for k, v in values.items()} | {"share of the time": f"{share:.2f}"}
+                rows.append({"pair": title, "side": side} | figures)
     print(f"{machine()}\n\n{table(rows)}\n\nseconds and processor in s, memory (peak) in GB, files in MB")
 
 

@@ -14,7 +14,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -70,18 +69,14 @@ def main() -> None:
         print(json.dumps(counts()))
         return
     sys.path[0] = str(ROOT)
-    from benchmarks.measure import machine, table
+    from benchmarks.measure import machine, older, table
 
-    with tempfile.TemporaryDirectory() as name:
-        old, rows = Path(name) / "old", []
-        subprocess.run(["git", "-C", ROOT, "worktree", "add", "-q", "--detach", old, arguments.against], check=True)
-        try:
-            for commit, code in ((f"`{arguments.against}`", old), ("this", ROOT)):
-                command = [sys.executable, __file__, "--code", str(code)]
-                said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=code).stdout
-                rows += [{"commit": commit} | row for row in json.loads(said.splitlines()[-1])]
-        finally:
-            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", old], check=True)
+    rows = []
+    with older(arguments.against) as old:
+        for commit, code in ((f"`{arguments.against}`", old), ("this", ROOT)):
+            command = [sys.executable, __file__, "--code", str(code)]
+            said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=code).stdout
+            rows += [{"commit": commit} | row for row in json.loads(said.splitlines()[-1])]
     print(f"{machine()}\n\n{table(sorted(rows, key=lambda row: (row['batches of'], row['cubes'])))}")
 
 

@@ -13,8 +13,10 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,18 @@ def options(doc: str) -> argparse.ArgumentParser:
     there = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     parser.add_argument("--device", type=torch.device, default="cpu", help=f"here: {', '.join(there)}")
     return parser
+
+
+@contextmanager
+def older(commit: str) -> Iterator[Path]:
+    """The tree of an older commit, in a folder that goes away; what else lies beside it goes with it."""
+    with tempfile.TemporaryDirectory() as name:
+        tree = Path(name) / "old"
+        subprocess.run(["git", "-C", ROOT, "worktree", "add", "-q", "--detach", tree, commit], check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", tree], check=True)
 
 
 def clock(function: Callable[[], Any], device: torch.device | str = "cpu") -> float:
