@@ -25,7 +25,7 @@ class PrecisionInferer(SimpleInferer):
 
     Before bfloat16 is used for prediction, it is checked on the first input against float32 (on a CPU on its middle 48³
     voxels): a DDF that is more than `tolerance` away means a warning and float32 from then on. New weights are checked
-    anew. bfloat16 has float32's range, so training needs no loss scaling.
+    anew. bfloat16 has float32's range, so training needs no loss scaling; it is float32 where the hardware has none.
 
     Args:
         precision: "float32"; "bfloat16"; "auto": float32 in training, and in prediction bfloat16 where the hardware has
@@ -62,9 +62,8 @@ class PrecisionInferer(SimpleInferer):
         if self.precision == "float32" or next(network.parameters(), None) is None:  # nothing is computed
             return False
         if network.training:
-            if self.precision == "bfloat16" and inputs.device.type != "cuda":
-                # bfloat16 trainings on a CPU went NaN where float32 did not; the cause is not isolated
-                warnings.warn("training in bfloat16 runs on CUDA only; this run uses float32", stacklevel=3)
+            if self.precision == "bfloat16" and not computes_bfloat16(inputs.device):
+                warnings.warn("this processor does not compute bfloat16; this run trains in float32", stacklevel=3)
                 self.precision = "float32"
             return self.precision == "bfloat16"
         if self.precision == "auto" and not computes_bfloat16(inputs.device):

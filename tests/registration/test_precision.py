@@ -86,13 +86,21 @@ def test_auto_is_float32_without_the_hardware(monkeypatch):
     assert precision.computes_bfloat16(torch.device("cpu"))
 
 
-def test_training_is_in_float32_unless_asked_and_on_a_cpu_always(hardware):
+def test_training_is_in_float32_unless_asked(hardware):
     net, x = network().train(), pair(16, 32, 16)
-    inferer = PrecisionInferer("auto")
-    inferer(x, net)
+    for asked, used in (("auto", "float32"), ("bfloat16", "bfloat16")):
+        inferer = PrecisionInferer(asked)
+        inferer(x, net).sum().backward()
+        assert inferer.used == used
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_training_in_bfloat16_without_the_hardware_says_that_it_is_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False})
+    inferer = PrecisionInferer("bfloat16")
+    with pytest.warns(UserWarning, match="does not compute bfloat16; this run trains in float32"):
+        inferer(pair(16, 32, 16), network().train())
     assert inferer.used == "float32"
-    with pytest.warns(UserWarning, match="runs on CUDA only"):
-        PrecisionInferer("bfloat16")(x, net)
 
 
 def test_an_unknown_precision_is_refused():
