@@ -50,7 +50,8 @@ def register(
             the list that the refusal shows, or by elements, for example EchoTime=100; --moving_axes and --fixed_axes,
             where the three voxel axes run to if a header does not tell the truth, for example LPS: the files that are
             written stay in the worlds of the headers. --write_glands True writes moving_gland.nii.gz and
-            fixed_gland.nii.gz, the glands found, each on its image's grid.
+            fixed_gland.nii.gz, the glands found, each on its image's grid; --write_spread True writes spread.nii.gz,
+            how far the networks' fields are apart at each voxel, in mm. Targets are doubted by both, see apply.
     """
     from scripts.bundle.workflow import register
 

@@ -49,7 +49,8 @@ def read_ply(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
     if odd.any():
         number = rows[1][f"{corners} count"][odd][0]
         raise InputError(f"{path}: a face has {number:g} corners, or it is damaged; triangulate it first")
-    vertices = np.column_stack([rows[0][axis] for axis in "xyz"]).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # who asked refuses NaN
+        vertices = np.column_stack([rows[0][axis] for axis in "xyz"]).astype(np.float64)
     comments = "\n".join(line for line in lines if line.startswith("comment"))
     return vertices, rows[1][corners].astype(np.int64), comments
 

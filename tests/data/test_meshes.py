@@ -103,6 +103,14 @@ def test_a_damaged_or_empty_file_is_refused_in_one_line(tmp_path, suffix, capfd)
     assert capfd.readouterr() == ("", "")  # VTK would print its own
 
 
+def test_an_stl_cut_after_a_whole_triangle_is_refused(tmp_path):
+    path = tmp_path / "a.stl"
+    write_surface(path, sphere())
+    path.write_bytes(path.read_bytes()[: 84 + 50 * 28])
+    with pytest.raises(InputError, match="28 of the 96 triangles"):
+        read_surface(path)
+
+
 def test_what_is_no_surface_of_triangles_is_refused(tmp_path):
     with pytest.raises(InputError, match="surface file not found"):
         read_surface(tmp_path / "a.stl")
