@@ -161,6 +161,13 @@ def load_row(files: Mapping[str, str], told: Mapping) -> tuple[Side, Side, dict[
                 loaded[side][place] = load(images | {f"{side}_label": files[name]})[f"{side}_label"].numpy()
         if 1 not in loaded[side]:
             raise InputError(f"{files[f'{side}_image']}: no {side}_label, which holds the gland")
+    for place in places:
+        counts = [len(loaded[side][place]) for side in SIDES if place in loaded[side]]
+        if len(set(counts)) > 1:
+            raise InputError(
+                f"{files['moving_image']}: {counts[0]} structures in label {place} of the moving image, {counts[1]} of"
+                " the fixed one; label m must be the same structure in both"
+            )
     sides = []
     for side, other in (SIDES, SIDES[::-1]):
         image = item[f"{side}_image"]
@@ -168,11 +175,6 @@ def load_row(files: Mapping[str, str], told: Mapping) -> tuple[Side, Side, dict[
         for place in places:
             own = loaded[side].get(place)
             channels.append(np.zeros((len(loaded[other][place]), *image.shape[1:])) if own is None else own)
-            counts = [len(loaded[one][place]) for one in (side, other) if place in loaded[one]]
-            if len(set(counts)) > 1:
-                raise InputError(
-                    f"{files[f'{side}_image']}: {counts[0]} structures in label {place}, {counts[1]} in TRUS"
-                )
         sides.append(Side(image[0].numpy(), np.concatenate(channels), image.affine.numpy()))
     checks.check_drawable(images["moving_image"], sides[0].labels, images["fixed_image"], sides[1].labels)
     return sides[0], sides[1], {}

@@ -22,7 +22,7 @@ def pairs_in(source: Path) -> list[dict[str, str]]:
     """The pairs of a folder with the four sub-folders, split or not, or of its one sub-folder that is such; by name.
 
     Raises:
-        InputError: none, or several such folders; two pairs of one name.
+        InputError: none, or several such folders; see `scripts.data.datalist.datalist`, for two pairs of one name.
     """
     inner = sorted(path for path in source.iterdir() if path.is_dir()) if source.is_dir() else []
     places = [source] if _has_pairs(source) else [path for path in inner if _has_pairs(path)]
@@ -31,10 +31,7 @@ def pairs_in(source: Path) -> list[dict[str, str]]:
         raise InputError(f"{source}: expected one folder, unpacked, with the sub-folders {names}; found {len(places)}")
     found: dict[str, dict[str, str]] = {}
     for split in SPLITS:
-        for pair in datalist(str(places[0]), split):
-            other = found.setdefault(pair["case"], pair)
-            if other["moving_image"] != pair["moving_image"]:
-                raise InputError(f"{places[0]}: two pairs are called {pair['case']}; rename one")
+        found |= {pair["case"]: pair for pair in datalist(str(places[0]), split)}
     return [found[case] for case in sorted(found)]
 
 

@@ -7,6 +7,7 @@ TRUS files was not checked on real ones: a file that contradicts it is left out,
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections import defaultdict
@@ -107,8 +108,10 @@ def find(source: Path, targets: bool = False, last_mr: bool = False, num_workers
         num_workers: processes that read headers.
 
     Raises:
-        InputError: no surfaces, or no DICOM files in it.
+        InputError: no surfaces, or no DICOM files in it; no VTK.
     """
+    if importlib.util.find_spec("vtkmodules") is None:
+        raise InputError("surfaces need VTK: pip install -r requirements-surfaces.txt")
     stls, others = _files(source)
     if not stls:
         raise InputError(f"{source}: no STL surface in it; put the DICOM tree and the STL folder into one folder")
