@@ -30,6 +30,7 @@ from scripts.data.dicom.pixels import decode, first_line
 from scripts.data.gate import read
 from scripts.data.lps import FLIP
 from scripts.data.meshes import read_surface
+from scripts.data.volumes import read_or_refuse
 
 ABOUT = [
     "Prostate-MRI-US-Biopsy, The Cancer Imaging Archive, https://doi.org/10.7937/TCIA.2020.A61IOC1A",
@@ -224,7 +225,7 @@ def load(mr: Series, us: Series, targets: bool) -> tuple[Side, Side, dict[str, s
     Raises:
         InputError: an image or a gland's surface cannot be used; see below.
     """
-    images = [read_mr(mr), read_trus(us)]
+    images = [read_or_refuse(f"MR series {mr}", read_mr, mr), read_or_refuse(f"US series {us}", read_trus, us)]
     common = sorted(set(mr.surfaces) & set(us.surfaces) - {GLAND}, key=lambda name: (len(name), name))
     structures = [GLAND, *(common if targets else [])]
     labels: tuple[dict, dict] = {}, {}
@@ -254,25 +255,23 @@ def load(mr: Series, us: Series, targets: bool) -> tuple[Side, Side, dict[str, s
     return sides[0], sides[1], told
 
 
-def read_mr(series: Series) -> tuple[np.ndarray, np.ndarray]:
-    """Grey levels (X, Y, Z) of an MR series and voxel -> RAS mm (4, 4), by its tags.
+def read_mr(name: str, series: Series) -> tuple[np.ndarray, np.ndarray]:
+    """Grey levels (X, Y, Z) of an MR series and voxel -> RAS mm (4, 4), by its tags; `name` is what a message says.
 
     Raises:
         InputError: see `scripts.data.dicom.reader.read`.
     """
     headers = [found for file in series.files for found in reader.read_headers(file)]
-    name = f"MR series {series}"
     array, affine = reader.read_volume(name, headers)
     return _checked(name, array[0], affine)
 
 
-def read_trus(series: Series) -> tuple[np.ndarray, np.ndarray]:
+def read_trus(name: str, series: Series) -> tuple[np.ndarray, np.ndarray]:
     """Grey levels (X, Y, Z) of a TRUS and voxel -> RAS mm (4, 4), as `scripts.data.dicom.reader.eigen_grid` lays it.
 
     Raises:
         InputError: several files; positions or directions, which the files of this cohort do not state; no voxel size.
     """
-    name = f"US series {series}"
     if len(series.files) != 1:
         raise InputError(f"{name}: {len(series.files)} files; one file of many frames is a volume of this cohort")
     ((file, header),) = reader.read_headers(series.files[0])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -103,12 +104,14 @@ def write(found: Found, source: Path, output_dir: Path, made_by: str, limit: int
         InputError: a folder that holds something else, lies in the source or cannot be written; two cases of one name.
     """
     text = "\n".join([*found.about, f"Made from {source.resolve()} by: {made_by}", ""])
+    cases = sorted(found.cases, key=lambda case: case.name)
+    counts = Counter(check_case_name(case.name) for case in cases)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"{source}: more than one pair would be called {twice}")
     _claim(source, output_dir, text)
     print(text)
-    cases = sorted(found.cases, key=lambda case: case.name)[:limit]
-    for one, other in zip(cases, cases[1:], strict=False):
-        if one.name == check_case_name(other.name):
-            raise InputError(f"{source}: more than one pair would be called {one.name}")
+    cases = cases[:limit]
     done = _done(output_dir)
     waiting = [case for case in cases if case.name not in done]
     written = [done[case.name] for case in cases if case.name in done]
