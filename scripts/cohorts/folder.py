@@ -124,22 +124,19 @@ def _read(told: Mapping) -> dict:
     """Settings of a line as they are used."""
     found: dict = {}
     for side in SIDES:
-        values, spacing = told.get(f"{side}_label_values"), told.get(f"{side}_spacing")
-        if isinstance(values, str):
-            values = values.strip(" []()").replace(",", " ").split()
-        found[f"{side}_label_values"] = checked_values(",".join(map(str, values)) if values else None)
-        if spacing:
-            numbers = spacing.strip(" []()").replace(",", " ").split()
-            try:
-                size = [float(number) for number in numbers]
-            except ValueError:
-                size = []
-            checks.voxel_size(f"{side}_spacing", size if len(size) != 1 else size[0])
-            found[f"{side}_spacing"] = size if len(size) != 1 else size[0]
-        if told.get(f"{side}_series"):
-            found[f"{side}_series"] = told[f"{side}_series"]
+        values = _numbers(told.get(f"{side}_label_values"))
+        found[f"{side}_label_values"] = checked_values(values and ",".join(map(str, values)))
+        size = _numbers(told.get(f"{side}_spacing"))
+        size = checks.voxel_size(f"{side}_spacing", size[0] if size and len(size) == 1 else size)
+        found[f"{side}_spacing"] = None if size is None else size.tolist()
+        found[f"{side}_series"] = told.get(f"{side}_series")
         found[f"{side}_axes"] = checked_axes(f"{side}_axes", told.get(f"{side}_axes"))
     return found
+
+
+def _numbers(cell: str | Sequence | None) -> Sequence | None:
+    """The parts of a cell, which spaces or commas separate; a list stays one, and None None."""
+    return re.split(r"[\s,]+", cell.strip(" []()")) if isinstance(cell, str) else cell
 
 
 def load_row(files: Mapping[str, str], told: Mapping) -> tuple[Side, Side, dict[str, str]]:
@@ -149,7 +146,7 @@ def load_row(files: Mapping[str, str], told: Mapping) -> tuple[Side, Side, dict[
         InputError: see `scripts.data.pairs.LoadPaird`; no label on a side; other numbers of structures.
     """
     images = {name: files[name] for name in IMAGES}
-    options = {name: told[name] for name in OPTIONS if name in told}
+    options = {name: told[name] for name in OPTIONS}
     places = sorted({int((FURTHER.fullmatch(name) or [0, 0, 1])[2]) for name in files if name not in IMAGES})
     loaded: dict[str, dict[int, np.ndarray]] = {side: {} for side in SIDES}
     item = LoadPaird(**options)(images)

@@ -48,7 +48,7 @@ NAME = re.compile(
 )
 GLAND = "prostatesurface"
 TAGS = ["SOPClassUID", "Modality", "SeriesInstanceUID", "PatientID", "StudyDate", "SeriesDescription", "Rows"]
-LEAST_INSIDE = 0.5  # share of a gland that its image must hold
+LEAST_INSIDE = 0.5  # share of a structure that its image must hold
 WHOLE = 0.995  # below, it is said how much of a surface lies outside
 
 
@@ -220,39 +220,42 @@ def _last_before(mrs: Sequence[Series], us: Series) -> list[Series]:
 
 
 def load(mr: Series, us: Series, targets: bool) -> tuple[Side, Side, dict[str, str]]:
-    """The two sides of a pair, and the columns `series`, `structures` and `outside` of each.
+    """The two sides of a pair, and what cases.csv says of it: the series, the structures, what is to be noted.
 
     Raises:
-        InputError: an image or a gland's surface cannot be used; see below.
+        InputError: an image or a gland's surface cannot be used.
     """
     images = [read_or_refuse(f"MR series {mr}", read_mr, mr), read_or_refuse(f"US series {us}", read_trus, us)]
     common = sorted(set(mr.surfaces) & set(us.surfaces) - {GLAND}, key=lambda name: (len(name), name))
-    structures = [GLAND, *(common if targets else [])]
-    labels: tuple[dict, dict] = {}, {}
-    told = {"moving_series": mr.uid, "fixed_series": us.uid}
-    notes = []
-    for found, series, (image, affine) in zip(labels, (mr, us), images, strict=True):
-        for structure in structures:
-            path = series.surfaces[structure]
-            try:
-                found[structure], share = voxelise(path, read_surface(path), image.shape, affine)
-                if share < LEAST_INSIDE:
-                    raise InputError(f"{path}: {share:.0%} of it lies in its image {series}")
-            except InputError as error:
-                if structure == GLAND:
-                    raise
-                found.pop(structure, None)
-                notes.append(f"target left out: {checks.one_line(error)}")
-                continue
-            if share < WHOLE:
-                notes.append(f"{path.name}: {1 - share:.1%} of it lies outside its image")
-    kept = [structure for structure in structures if all(structure in found for found in labels)]
-    told |= {"structures": " ".join(kept), "notes": "; ".join(notes)}
-    sides = [
-        Side(image, np.stack([found[structure] for structure in kept]), affine)
-        for found, (image, affine) in zip(labels, images, strict=True)
-    ]
-    return sides[0], sides[1], told
+    structures, notes = [GLAND], []
+    labels = [[label(series, GLAND, *image, notes)] for series, image in zip((mr, us), images, strict=True)]
+    for target in common if targets else []:
+        try:
+            both = [label(series, target, *image, notes) for series, image in zip((mr, us), images, strict=True)]
+        except InputError as error:
+            notes.append(f"target left out: {checks.one_line(error)}")
+            continue
+        structures.append(target)
+        for channels, one in zip(labels, both, strict=True):
+            channels.append(one)
+    sides = [Side(image, np.stack(own), affine) for own, (image, affine) in zip(labels, images, strict=True)]
+    told = {"moving_series": mr.uid, "fixed_series": us.uid, "structures": " ".join(structures)}
+    return sides[0], sides[1], told | {"notes": "; ".join(notes)}
+
+
+def label(series: Series, structure: str, image: np.ndarray, affine: np.ndarray, notes: list[str]) -> np.ndarray:
+    """A structure's surface on its image's grid, uint8, (X, Y, Z); how much of it lies outside is added to `notes`.
+
+    Raises:
+        InputError: it cannot be read, is not closed, or lies mostly outside.
+    """
+    path = series.surfaces[structure]
+    found, inside = voxelise(path, read_surface(path), image.shape, affine)
+    if inside < LEAST_INSIDE:
+        raise InputError(f"{path}: {inside:.0%} of it lies in its image, series {series}")
+    if inside < WHOLE:
+        notes.append(f"{path.name}: {1 - inside:.1%} of it lies outside its image")
+    return found
 
 
 def read_mr(name: str, series: Series) -> tuple[np.ndarray, np.ndarray]:

@@ -250,7 +250,7 @@ def test_lines_that_cannot_be_used_are_left_out_with_their_reason(messy, tmp_pat
         "counts": "2 structures in label 1 of the moving image, 1 of the fixed one",
         "values": "value 9 in an index map of values [4]",
         "axes": "fixed_axes XYZ: expected where the three voxel axes run to",
-        "size": "fixed_spacing [1.0, 2.0]: expected three positive numbers",
+        "size": "fixed_spacing ['1', '2']: expected three positive numbers",
         "a/b": "it must be a name, not a path",
         "swapped": "differs from its image",
         "nobody": "line 10: no patient, while others have one",
