@@ -35,7 +35,7 @@ class Truth(NamedTuple):
 
 def phantom() -> tuple[Truth, Truth]:
     """An MR whose axes are oblique, and a TRUS around 0, as the cohort's lie."""
-    pair = simulate_pair(np.random.default_rng(4), (48, 50, 46), SPACING, (48, 52, 30), (1.4, 1.3, 2.4))
+    pair = simulate_pair(np.random.default_rng(4), (48, 50, 46), SPACING, (56, 64, 30), (1.4, 1.3, 2.4))
     tilt = np.eye(4)
     tilt[:3, :3] = Rotation.from_euler("xyz", (-12, 7, 9), degrees=True).as_matrix()
     mr = Truth(pair.moving_image.numpy().round(), pair.moving_label.numpy(), tilt @ pair.moving_affine)
