@@ -98,7 +98,7 @@ def write(found: Found, source: Path, output_dir: Path, made_by: str, limit: int
         num_workers: processes that load and write.
 
     Returns:
-        How many of them are there now.
+        How many are there now, earlier ones included.
 
     Raises:
         InputError: a folder that holds something else, lies in the source or cannot be written; two cases of one name.
@@ -111,11 +111,9 @@ def write(found: Found, source: Path, output_dir: Path, made_by: str, limit: int
         raise InputError(f"{source}: more than one pair would be called {twice}")
     _claim(source, output_dir, text)
     print(text)
-    cases = cases[:limit]
     done = _done(output_dir)
-    waiting = [case for case in cases if case.name not in done]
-    written = [done[case.name] for case in cases if case.name in done]
-    left_out = list(found.left_out)
+    waiting = [case for case in cases[:limit] if case.name not in done]
+    written, left_out = list(done.values()), list(found.left_out)
     _write_tables(output_dir, written, left_out)
     outcomes = DataLoader(
         _Writing(waiting, output_dir),
@@ -123,7 +121,7 @@ def write(found: Found, source: Path, output_dir: Path, made_by: str, limit: int
         num_workers=min(num_workers, len(waiting)),
         worker_init_fn=leave_interrupts,
     )
-    progress = tqdm(outcomes, desc="Preparing", unit="pair", total=len(cases), initial=len(written))
+    progress = tqdm(outcomes, desc="Preparing", unit="pair", total=len(waiting))
     for case, (row, reason) in zip(waiting, progress, strict=True):
         if reason is None:
             written.append(row)

@@ -240,6 +240,8 @@ def test_a_case_that_is_there_whole_is_not_done_again(replica):
     after = files_of(out)
     assert len(after) == 12 and len(table(out / "cases.csv")) == 3
     assert all((after[path] == before[path]) == ("0002" in path.name) for path in before)
+    made(replica, limit=1)
+    assert files_of(out) == after and len(table(out / "cases.csv")) == 3
 
 
 def test_a_run_that_is_killed_goes_on(replica):
