@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register, segment, apply, invert, check, learn, crossval, report, phantom and others.
+"""`python -m scripts VERB`: register, segment, apply, invert, prepare, check, learn, crossval, report and others.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -50,7 +50,8 @@ def register(
             the list that the refusal shows, or by elements, for example EchoTime=100; --moving_axes and --fixed_axes,
             where the three voxel axes run to if a header does not tell the truth, for example LPS: the files that are
             written stay in the worlds of the headers. --write_glands True writes moving_gland.nii.gz and
-            fixed_gland.nii.gz, the glands found, each on its image's grid.
+            fixed_gland.nii.gz, the glands found, each on its image's grid; --write_spread True writes spread.nii.gz,
+            how far the networks' fields are apart at each voxel, in mm. Targets are doubted by both, see apply.
     """
     from scripts.bundle.workflow import register
 
@@ -205,6 +206,53 @@ def check(
         "fixed_series": fixed_series,
     }
     if check_dataset(dataset_dir, label_values, labels, patient_pattern, num_workers, **options):
+        sys.exit(1)
+
+
+def prepare(
+    name: str,
+    source: str,
+    output_dir: str,
+    limit: int | None = None,
+    num_workers: int | None = None,
+    targets: bool | None = None,
+    last_mr: bool | None = None,
+    mapping: str | None = None,
+    label_values: list[int] | None = None,
+    moving_axes: str | None = None,
+    fixed_axes: str | None = None,
+) -> None:
+    """Make a data set of pairs of a public cohort as it is downloaded, or of your own files. Research use only.
+
+    Example:
+        python -m scripts prepare tcia DOWNLOADED --output_dir DIR
+
+    Cohorts: tcia (Prostate-MRI-US-Biopsy: DICOM and STL), mrus (the example data of the paper's authors), regpro
+    (µ-RegPro), and folder (files of any names, and a table that says which is what). Writes moving_images,
+    fixed_images, moving_labels and fixed_labels, NIfTI with true headers, the gland first and the patient in the name;
+    cases.csv; left_out.csv, what is not there and why; SOURCE.txt, licence and citation. Then it checks them as the
+    verb check does. Run again after an interruption, it goes on. Exit code 1 if the check refuses a pair.
+
+    Args:
+        name: "tcia", "mrus", "regpro" or "folder".
+        source: the folder of the download, unpacked; its own tree may be of any depth.
+        output_dir: new or empty, or one that the same command began to fill.
+        limit: the first so many pairs only.
+        num_workers: processes; the default is one per core, 8 at most.
+        targets: of tcia: True adds, after the gland, targets that have a surface on both sides. Those on the TRUS were
+            carried there by the fusion device: they are its registration, not independent truth.
+        last_mr: of tcia: True takes, of several MR with a surface, the last before the TRUS; else they are left out.
+        mapping: of folder: a CSV with the columns case, moving_image, fixed_image, moving_label, fixed_label, and more,
+            see docs/guides/public-cohorts.md; the default is mapping.csv in the source.
+        label_values: of folder: the values of index maps, the gland first.
+        moving_axes, fixed_axes: of folder and regpro: where voxel axes run to if headers do not tell the truth, as for
+            register.
+    """
+    from scripts.cohorts.prepare import prepare
+
+    options = {"targets": targets, "last_mr": last_mr, "mapping": mapping, "label_values": label_values}
+    options |= {"moving_axes": moving_axes, "fixed_axes": fixed_axes}
+    if prepare(name, source, output_dir, limit, num_workers, **options):
         sys.exit(1)
 
 
@@ -476,7 +524,7 @@ def check_config(path: str) -> None:
 
 def main() -> None:
     words = sys.argv[1:]
-    verbs = (register, segment, apply, invert, check, learn, crossval, report, phantom, sweep, demo)
+    verbs = (register, segment, apply, invert, check, prepare, learn, crossval, report, phantom, sweep, demo)
     verbs += (release, check_config)
     named = {verb.__name__: verb for verb in verbs}
     try:

@@ -26,8 +26,7 @@ FORKS.set_forkserver_preload(
 def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess:
     """`python -m ARGUMENTS` from folder `cwd`, with nothing but that on the path of modules."""
     with tempfile.TemporaryDirectory() as folder:
-        process = FORKS.Process(target=_command, args=(arguments, str(cwd), folder, dict(os.environ)))
-        process.start()
+        process = start(*arguments, cwd=cwd, folder=folder)
         process.join(timeout)
         if process.is_alive():
             process.kill()
@@ -36,6 +35,13 @@ def run(*arguments: str, cwd: Path, timeout: float = 300) -> subprocess.Complete
     if process.exitcode == -9:
         raise subprocess.TimeoutExpired(arguments, timeout, *said)
     return subprocess.CompletedProcess(arguments, process.exitcode, *said)
+
+
+def start(*arguments: str, cwd: Path, folder: str | Path) -> multiprocessing.Process:
+    """The same, begun and not waited for; its two streams go into files of `folder`."""
+    process = FORKS.Process(target=_command, args=(arguments, str(cwd), str(folder), dict(os.environ)))
+    process.start()
+    return process
 
 
 def _command(arguments: tuple[str, ...], cwd: str, folder: str, environment: dict[str, str]) -> None:

@@ -18,7 +18,7 @@ from scripts.data.kept import links
 
 FORMATS = (  # how the names of files end that tell a reader what they are
     *(".nii.gz", ".nii", ".hdr", ".img", ".mha", ".mhd", ".nrrd", ".nhdr", ".dcm", ".dicom", ".ima", ".npy", ".png"),
-    *(".h5", ".tfm", ".txt", ".mat", ".csv", ".tsv", ".fcsv", ".json", ".yaml"),
+    *(".h5", ".tfm", ".txt", ".mat", ".csv", ".tsv", ".fcsv", ".json", ".yaml", ".stl", ".obj", ".ply", ".vtp"),
 )
 
 

@@ -56,7 +56,7 @@ def load_volume(
     size = checks.voxel_size(f"{side}_spacing" if side else "spacing", spacing)
     is_dicom = not path.lower().endswith(NAMED) and reader.is_dicom(path)
     if is_dicom:
-        array, affine = _read(path, reader.read, size, series, side)
+        array, affine = read_or_refuse(path, reader.read, size, series, side)
     else:
         raster = read_raster(path, size, side)
         array, affine = _grey(raster) if raster.components else raster.array, raster.affine
@@ -77,11 +77,15 @@ def read_raster(
         InputError: it cannot be read whole, contradicts itself, or states no size.
     """
     read = _read_nifti if path.lower().endswith(NIFTI) else read_by_itk
-    return _read(path, read, voxel, side, dtype)
+    return read_or_refuse(path, read, voxel, side, dtype)
 
 
-def _read(path: str, reader: Callable, *told) -> Any:
-    """What a reader makes of a file; whatever it raises on a damaged one is one thing to the user."""
+def read_or_refuse(path: str, reader: Callable, *told) -> Any:
+    """What a reader makes of a file; whatever it raises on a damaged one is one thing to the user.
+
+    Raises:
+        InputError: the reader does, or raises anything else.
+    """
     try:
         with np.errstate(all="ignore"):  # what overflows float32 is infinite, and refused as that
             return reader(path, *told)

@@ -28,6 +28,7 @@ class FieldEnsemble(nn.Module):
     Attributes:
         spread: of each pair of the last call, how far the fields are from their mean, voxels: root mean square over
             them, mean over the fixed gland found, channel 3, or over all where there is none.
+        apart: the same at each voxel, shape (B, X, Y, Z), of the last call; None before it.
 
     Raises:
         InputError: the weights do not fit, see `scripts.data.weights.check_weights`.
@@ -40,6 +41,7 @@ class FieldEnsemble(nn.Module):
             load_weights(path, member)
         self.strength = strength
         self.spread: list[float] = []
+        self.apart: Tensor | None = None
 
     def forward(self, image: Tensor) -> Tensor:
         fields = []
@@ -50,7 +52,7 @@ class FieldEnsemble(nn.Module):
             fields += [straight, mirrored]
         every = self.strength * torch.stack(fields)
         mean = every.mean(0)
-        apart = (every - mean).square().sum(2).mean(0).sqrt()
+        self.apart = apart = (every - mean).square().sum(2).mean(0).sqrt()
         where = image[:, 3] > 0.5 if image.shape[1] > 3 else torch.ones_like(apart, dtype=torch.bool)
         self.spread = [one[gland].mean().item() for one, gland in zip(apart, where, strict=True)]
         return mean

@@ -31,6 +31,7 @@ from scripts.registration.transforms import as_headers_say, to_original_grid, tr
 LABEL = "warped_moving_label.nii.gz"
 DRAWN = 2_500_000  # voxels of the volumes that a picture is drawn of: its panels have 260 pixels
 GLANDS = ("moving_gland.nii.gz", "fixed_gland.nii.gz")
+SPREAD = "spread.nii.gz"
 NOTICE = "Research use only. Not for clinical decisions."
 
 
@@ -128,6 +129,7 @@ def save_registration(
     limits: Mapping[str, Any] | None = None,
     doubts: Mapping[str, float | None] | None = None,
     write_glands: bool = False,
+    apart: Tensor | None = None,
 ) -> list[str]:
     """Write everything one registration leaves into `folder`, or nothing: files appear when all of them are complete.
 
@@ -138,6 +140,8 @@ def save_registration(
         limits: see `scripts.registration.qc.flags`.
         doubts: see `scripts.registration.qc.quality`.
         write_glands: whether to write the glands that were found, each on its image's grid.
+        apart: how far the fields of several networks are from their mean, (X, Y, Z), voxels of the working grid; it is
+            written in mm on the grid of the field, beyond the working grid as at its border.
 
     Returns:
         What is to be checked, see `scripts.registration.qc.flags`.
@@ -145,7 +149,9 @@ def save_registration(
     Raises:
         InputError: the folder cannot be written.
     """
-    with written_together(folder, stale={LABEL, *GLANDS, formats.WARPED_SERIES, *formats.FILES.values()}) as partial:
+    with written_together(
+        folder, stale={LABEL, SPREAD, *GLANDS, formats.WARPED_SERIES, *formats.FILES.values()}
+    ) as partial:
         told = as_headers_say(item)
         affine = told["original_fixed_image"].affine.numpy()
         save_volume(
@@ -159,6 +165,12 @@ def save_registration(
             image = told[f"original_{side}_image"]
             gland = on_image(item[f"original_{side}_gland"], item[f"original_{side}_image"])[0] > 0.5
             save_volume(partial / name, gland.numpy(), image.affine.numpy(), dtype=np.uint8)
+        if apart is not None:
+            grid_affine, size = torch.as_tensor(item["grid_affine"]).cpu(), item["displacement"].shape[1:]
+            to_grid = torch.linalg.inv(grid_affine.double()) @ item["field_affine"]
+            spread = fields.resample(apart[None, None].cpu().double(), to_grid, size)[0, 0]
+            spread *= grid_affine[:3, :3].norm(dim=0).mean()
+            save_volume(partial / SPREAD, spread.numpy(), field_affine, dtype=np.float32)
         if "warped_moving_label" in item:
             binary = (item["warped_moving_label"] >= 0.5).movedim(0, -1).numpy()
             binary = binary[..., 0] if binary.shape[-1] == 1 else binary
@@ -189,10 +201,11 @@ class SaveRegistrations:
         pairs: the datalist, for what some tools need of the inputs.
         limits: beyond which a figure raises a flag, see `scripts.registration.qc.flags`.
         write_glands: see `save_registration`.
+        write_spread: whether to write at each voxel how far the fields of the networks are from their mean, mm.
 
     Raises:
         InputError: an unknown tool, or inputs that its file cannot be written for; glands to write of a registration
-            that looks for none.
+            that looks for none; a spread of networks that say none.
     """
 
     def __init__(
@@ -206,10 +219,11 @@ class SaveRegistrations:
         pairs: Sequence[Mapping[str, str]] = (),
         limits: Mapping[str, Any] | None = None,
         write_glands: bool = False,
+        write_spread: bool = False,
     ) -> None:
         if write_glands and not segmentation_weights:
             raise InputError("write_glands: no gland is looked for; that is done for a learned initial transform")
-        self.write_glands = write_glands
+        self.write_glands, self.write_spread = write_glands, write_spread
         self.limits = dict(limits or {})
         qc.flags({}, self.limits)  # refuses an unknown one
         self.output_dir = Path(output_dir)
@@ -226,9 +240,13 @@ class SaveRegistrations:
 
     def _save(self, engine: Engine) -> None:
         known = self.provenance | {"precision": engine.inferer.used}
-        items = zip(engine.state.batch, engine.state.output, qc.doubts(engine), strict=True)
-        for batch, output, doubts in items:
+        silent = [None] * len(engine.state.output)
+        apart = getattr(engine.network, "apart", None) if self.write_spread else silent
+        if apart is None:
+            raise InputError("write_spread: these weights are of no ensemble, whose fields have a spread")
+        items = zip(engine.state.batch, engine.state.output, qc.doubts(engine), apart, strict=True)
+        for batch, output, doubts, spread in items:
             item = {**batch, **output}
             folder = self.output_dir / check_case_name(item["case"]) if self.case_folders else self.output_dir
-            found = save_registration(folder, item, known, self.tools, self.limits, doubts, self.write_glands)
+            found = save_registration(folder, item, known, self.tools, self.limits, doubts, self.write_glands, spread)
             print("; ".join([f"{item['case']}: {folder}", *(f"CHECK: {flag}" for flag in found)]))

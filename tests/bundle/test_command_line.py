@@ -23,7 +23,7 @@ VERBS = {
     name: getattr(cli, name)
     for name in (
         *("register", "apply", "invert", "check", "phantom", "sweep", "demo", "crossval", "report", "release"),
-        "check_config",
+        *("check_config", "prepare"),
     )
 }
 ODD = [

@@ -89,6 +89,23 @@ def test_every_command_takes_names_as_they_are(place, images, typed):
     assert sorted(os.listdir(".")) == sorted(["moving.nii.gz", "fixed.nii.gz", place])
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_prepare_takes_names_as_they_are(place, cohort, tmp_path, typed, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir(place)
+    line = {"case": place}
+    for side in ("moving", "fixed"):
+        for what in ("image", "label"):
+            line[f"{side}_{what}"] = f"{place} {side} {what}.nii.gz"
+            shutil.copy(next((cohort / "test" / f"{side}_{what}s").iterdir()), f"{place}/{line[f'{side}_{what}']}")
+    with open(f"{place}/{place}.csv", "w", newline="") as file:
+        csv.writer(file).writerows([line.keys(), line.values()])
+    words = options(output_dir=f"{place} out", mapping=f"{place}/{place}.csv", num_workers=0)
+    assert typed("prepare", "folder", place, *words)[0] == 0
+    assert os.listdir(f"{place} out/fixed_labels") == [f"{place}.nii.gz"]
+    assert sorted(os.listdir(".")) == sorted([place, f"{place} out"])
+
+
 def test_links_are_read_by_the_name_that_says_what_they_are(images, typed):
     """A MetaImage and its voxels in a store of keys, as git-annex has it, and a link without a suffix."""
     sitk.WriteImage(sitk.ReadImage("moving.nii.gz"), "mr.mhd")

@@ -44,6 +44,8 @@ ELSEWHERE = {  # how a command begins -> why it is not run here
     "python -m scripts register --moving MR_SERIES": "tests/data/test_dicom_registration.py",
     "python -m scripts learn": "tests/study/test_own_pairs.py",
     "python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out --overlay learned": "likewise",
+    "python -m scripts prepare": "tests/cohorts",
+    "python -m scripts segment DIR/fixed_images": "tests/registration/test_segment.py, of folders",
     "python -m scripts crossval": "tests/study/test_crossval.py",
     "python -m scripts report": "tests/study/test_report.py",
     "python -m scripts sweep": "tests/phantoms/test_sweep.py",

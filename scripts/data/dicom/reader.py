@@ -123,6 +123,17 @@ def read(
     if _all_segments(headers):
         return read_segments(path, headers)
     headers = [(file, header) for file, header in headers if header.get("SOPClassUID") not in SEGMENTATIONS]
+    return read_volume(path, headers, spacing, chosen, side)
+
+
+def read_volume(
+    path: str | Path,
+    headers: Sequence[tuple[Path, Any]],
+    spacing: np.ndarray | None = None,
+    chosen: str | int | None = None,
+    side: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same of files wherever they lie, with their headers, see `read_headers`; `path` is what a message names."""
     frames = [frame for file, header in headers for frame in frames_of(file, header)]
     frames, affine = grid(path, one_volume(path, frames, chosen, side), spacing, side)
     checks.check_size(path, (*frames[0].shape, len(frames)))
@@ -172,7 +183,7 @@ def grid(
             raise InputError(f"{path}: {_wanting(frames, size)}; state the voxel size{option}")
         size = np.where(np.isfinite(size), size, given)
     if step is None and of_eigen(frames[0]):
-        lps = _eigen_grid(path, shape, size)
+        lps = eigen_grid(path, shape, size)
     else:
         axes = np.eye(3)[:2] if frames[0].axes is None else frames[0].axes
         across = np.cross(*axes) * size[2] if step is None else step
@@ -244,7 +255,7 @@ def _wanting(frames: Sequence[Frame], size: np.ndarray) -> str:
     return f"nothing says {' and '.join(lacking)}{there}"
 
 
-def _eigen_grid(path: str | Path, shape: Sequence[int], size: Sequence[float]) -> np.ndarray:
+def eigen_grid(path: str | Path, shape: Sequence[int], size: Sequence[float]) -> np.ndarray:
     """voxel -> LPS mm, shape (3, 4), of a TRUS volume of TCIA's Prostate-MRI-US-Biopsy.
 
     x runs along the rows' index, y along the frames' backwards, z along the columns' index backwards, each from
