@@ -7,7 +7,9 @@ in the order a fixed point goes through them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +23,21 @@ from tqdm import tqdm
 from scripts.data import checks
 from scripts.data.checks import InputError
 from scripts.data.datalist import image_files
-from scripts.data.dicom.reader import holds_slices
+from scripts.data.dicom.reader import holds_slices, is_segmentation
+from scripts.data.dicom.segmentation_out import check_reference, save_segmentation, segments
 from scripts.data.files import readable, written_together
 from scripts.data.formats import Displacement, Step, forward, read_transform
 from scripts.data.kept import refuse_overlap
 from scripts.data.labels import load_maps
+from scripts.data.point_tables import Points
 from scripts.data.points import kind_of, read_points
 from scripts.data.volumes import load_volume, save_volume
 from scripts.network import fields
+from scripts.registration import targets
 from scripts.registration.outputs import NOTICE
 
 INTERPOLATIONS = ("linear", "cubic", "nearest")
+ASKED = 20_000  # voxels of a segment that are asked whether they have a place in the other image
 MAX_RESIDUAL = 0.1  # mm; a point whose inverse misses by more is not written
 OUTSIDE, FOLDS = "outside the field", "the field folds here"
 
@@ -39,6 +45,19 @@ OUTSIDE, FOLDS = "outside the field", "the field folds here"
 def compose(paths: Sequence[str | Path]) -> list[Step]:
     """The steps of several transform files, named in the order in which the moving image goes through them."""
     return [step for path in reversed(paths) for step in read_transform(readable(path))]
+
+
+def forth(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    """Fixed points to moving points; as `backward`, with a residual of NaN, because nothing is inverted."""
+    moved, known = forward(steps, points)
+    folded, at = torch.zeros(points.shape[2], dtype=torch.bool), points
+    for step in steps:
+        if isinstance(step, Displacement):
+            folded |= torch.linalg.det(fields.gradient(step.field[None], step.affine, at)) <= 0
+        at, _ = forward([step], at)
+    told = zip(known.flatten().tolist(), folded.tolist(), strict=True)
+    status = [OUTSIDE if not inside else FOLDS if folds else "ok" for inside, folds in told]
+    return moved, torch.full((points.shape[2],), torch.nan, dtype=torch.float64), status
 
 
 def backward(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor, list[str]]:
@@ -182,6 +201,11 @@ def apply_to_images(
     Raises:
         InputError: a file that cannot be used; of a folder, after the others are done.
     """
+    as_segmentation = output.lower().endswith(".dcm")
+    if as_segmentation:
+        if not (label and Path(moving).exists() and is_segmentation(moving)):
+            raise InputError(f"{output}: .dcm is for a DICOM segmentation as --moving, with --label True; else .nii.gz")
+        check_reference(moving, reference)
     affine, size = grid_of(steps, reference)
 
     def one(source: str | Path, target: Path) -> None:
@@ -193,12 +217,17 @@ def apply_to_images(
         else:
             warped = warp(steps, volume, affine, size, interpolation).movedim(0, -1).numpy()
             warped = warped[..., 0] if len(volume) == 1 else warped
-        with written_together(target.parent) as partial:
-            save_volume(partial / target.name, warped, affine.numpy(), dtype=warped.dtype.type)
+        with written_together(target.parent) as folder:
+            if as_segmentation:
+                parts = warped if warped.ndim == 4 else warped[..., None]
+                _say_segments(steps, moving, volume, parts, affine)
+                save_segmentation(folder / target.name, parts, affine.numpy(), moving, reference)
+            else:
+                save_volume(folder / target.name, warped, affine.numpy(), dtype=warped.dtype.type)
 
     files = image_files(Path(moving)) if Path(moving).is_dir() and not holds_slices(moving) else {}
     if not files:  # one file, or a folder with one DICOM series
-        if not output.lower().endswith((".nii", ".nii.gz")):
+        if not output.lower().endswith((".nii", ".nii.gz", ".dcm")):
             raise InputError(f"{output}: the image is written as NIfTI; choose a name that ends in .nii.gz")
         one(moving, Path(output))
         print(f"{output}: {moving} on the fixed grid, {' × '.join(map(str, size))} voxels")
@@ -218,7 +247,40 @@ def apply_to_images(
         raise InputError(f"{len(refused)} of {len(files)} images refused, the others are written; first {refused[0]}")
 
 
-def apply_to_points(steps: Sequence[Step], points: str, points_from: str, coordinates: str | None, output: str) -> None:
+def _say_segments(steps: Sequence[Step], path: str, moving: MetaTensor, warped: np.ndarray, affine: Tensor) -> None:
+    """Print the volume of each segment before and after, and how much of it has no place in the other image.
+
+    Args:
+        moving: shape (M, X, Y, Z).
+        warped: shape (X', Y', Z', M), on the grid of `affine`.
+
+    Raises:
+        InputError: nothing is left of any.
+    """
+    if not warped.any():
+        raise InputError(f"{path}: none of its segments reaches the fixed grid; is it of the moving image?")
+    for number, segment in enumerate(segments(path)):
+        voxels = moving[number].nonzero()
+        before = len(voxels) * moving.affine[:3, :3].det().abs().item() / 1000
+        after = int(warped[..., number].sum()) * affine[:3, :3].det().abs().item() / 1000
+        lost = 0.0
+        if len(voxels):
+            every = voxels[:: math.ceil(len(voxels) / ASKED)].T[None, :, :, None, None].double()
+            status = backward(steps, fields.transform_points(moving.affine.double(), every))[2]
+            lost = 100 - 100 * status.count("ok") / len(status)
+        doubt = f"; CHECK: {lost:.0f} % of it lies outside the field or in a fold" * (lost > 0)
+        doubt = doubt or "; CHECK: nothing of it is left" * bool(before and not after)
+        print(f"{segment.get('SegmentLabel', number + 1)}: {before:.2f} ml, on the fixed grid {after:.2f} ml{doubt}")
+
+
+def apply_to_points(
+    steps: Sequence[Step],
+    transforms: Sequence[str],
+    points: str,
+    points_from: str,
+    coordinates: str | None,
+    output: str,
+) -> None:
     """Take the points of a file to the other image and write them as a file of the same kind; see the `apply` verb."""
     found = read_points(points, coordinates)
     kind = kind_of(points)
@@ -227,32 +289,54 @@ def apply_to_points(steps: Sequence[Step], points: str, points_from: str, coordi
     there = ~found.world.isnan().any(dim=1)
     points_in = found.world[there].T[None, :, :, None, None]
     residuals, status = torch.full((len(found.world),), torch.nan, dtype=torch.float64), ["no position"] * len(there)
-    if points_from == "fixed":
-        moved, known = forward(steps, points_in)
-        states = ["ok" if inside else OUTSIDE for inside in known.flatten().tolist()]
-    else:
-        moved, residuals[there], states = backward(steps, points_in)
+    through = partial(forth if points_from == "fixed" else backward, steps)
+    moved, residuals[there], states = through(points_in)
     result = found.world.clone()
     result[there] = moved[0, :, :, 0, 0].T
     for index, state in zip(there.nonzero().flatten().tolist(), states, strict=True):
         status[index] = state
         if state != "ok":
             result[index] = torch.nan
+    more = [] if found.radii is None else [_targets(found, result, points_from, through, transforms)]
     try:
-        found.save(Path(output), result, residuals, status)
+        found.save(Path(output), result, residuals, status, *more)
     except OSError as error:
         raise InputError(f"{output}: cannot be written: {error.strerror}") from error
     there_too = "moving" if points_from == "fixed" else "fixed"
-    print(
-        f"{output}: {status.count('ok')} of {len(status)} points of the {points_from} image, in the {there_too} image"
-    )
+    told = f"{status.count('ok')} of {len(status)} {found.what} of the {points_from} image"
+    print(f"{output}: {told}, in the {there_too} image")
     if points_from == "moving" and there.any():
         print(
             f"residual of the inverse: {residuals[there].median():.2g} mm median, {residuals[there].max():.2g} mm most"
         )
-    for index, state in enumerate(status):
+    names = found.names or [f"point {number + 1}" for number in range(len(status))]
+    for name, state in zip(names, status, strict=True):
         if state != "ok":
-            print(f"CHECK: point {index + 1}: {state}; {found.lost}")
+            print(f"CHECK: {name}: {state}; {found.lost}")
+    for columns in more:
+        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        for name, radius, row in zip(names, found.radii.tolist(), rows, strict=True):
+            if row["doubt"] or not math.isnan(row["volume_ratio"]):
+                print(targets.line(name, row, radius))
+        print(targets.WEAK)
+
+
+def _targets(
+    found: Points, result: Tensor, points_from: str, through: Callable, transforms: Sequence[str]
+) -> dict[str, list]:
+    """The figures of `targets.figures`, a column each; NaN and no doubt of points that have no radius or no place."""
+    known = ~(found.radii.isnan() | result.isnan().any(dim=1))
+    columns: dict[str, list] = {}
+    if known.any():
+        centres, radii = found.world[known], found.radii[known]
+        axes, states = targets.spheres(through, centres, radii)
+        places = {points_from: centres, "moving" if points_from == "fixed" else "fixed": result[known]}
+        columns = targets.figures(targets.evidence(transforms), places, axes, radii, states)
+    rows = known.nonzero().flatten().tolist()
+    return {
+        name: [values[rows.index(n)] if n in rows else "" if name == "doubt" else math.nan for n in range(len(known))]
+        for name, values in columns.items()
+    }
 
 
 def apply(
@@ -278,7 +362,7 @@ def apply(
     refuse_overlap([*transforms, *(p for p in (moving, reference, points) if p is not None)], [output], "--output")
     steps = compose(transforms)
     if points is not None:
-        apply_to_points(steps, points, points_from, coordinates, output)
+        apply_to_points(steps, transforms, points, points_from, coordinates, output)
     else:
         files = (moving, reference, output)
         told = (label, interpolation or "linear", moving_spacing, moving_series)
