@@ -8,8 +8,7 @@ in the order a fixed point goes through them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,67 +22,25 @@ from tqdm import tqdm
 from scripts.data import checks
 from scripts.data.checks import InputError
 from scripts.data.datalist import image_files
-from scripts.data.dicom.reader import holds_slices, is_segmentation
+from scripts.data.dicom.reader import holds_slices, is_segmentation, read_headers
+from scripts.data.dicom.registration import read_series
 from scripts.data.dicom.segmentation_out import check_reference, save_segmentation, segments
 from scripts.data.files import readable, written_together
 from scripts.data.formats import Displacement, Step, forward, read_transform
 from scripts.data.kept import refuse_overlap
 from scripts.data.labels import load_maps
-from scripts.data.point_tables import Points
-from scripts.data.points import kind_of, read_points
 from scripts.data.volumes import load_volume, save_volume
 from scripts.network import fields
-from scripts.registration import targets
+from scripts.registration.apply_points import apply_to_points, backward
 from scripts.registration.outputs import NOTICE
 
 INTERPOLATIONS = ("linear", "cubic", "nearest")
 ASKED = 20_000  # voxels of a segment that are asked whether they have a place in the other image
-MAX_RESIDUAL = 0.1  # mm; a point whose inverse misses by more is not written
-OUTSIDE, FOLDS = "outside the field", "the field folds here"
 
 
 def compose(paths: Sequence[str | Path]) -> list[Step]:
     """The steps of several transform files, named in the order in which the moving image goes through them."""
     return [step for path in reversed(paths) for step in read_transform(readable(path))]
-
-
-def forth(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-    """Fixed points to moving points; as `backward`, with a residual of NaN, because nothing is inverted."""
-    moved, known = forward(steps, points)
-    folded, at = torch.zeros(points.shape[2], dtype=torch.bool), points
-    for step in steps:
-        if isinstance(step, Displacement):
-            folded |= torch.linalg.det(fields.gradient(step.field[None], step.affine, at)) <= 0
-        at, _ = forward([step], at)
-    told = zip(known.flatten().tolist(), folded.tolist(), strict=True)
-    status = [OUTSIDE if not inside else FOLDS if folds else "ok" for inside, folds in told]
-    return moved, torch.full((points.shape[2],), torch.nan, dtype=torch.float64), status
-
-
-def backward(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-    """Moving points to fixed points, by the inverse.
-
-    Args:
-        points: shape (1, 3, N, 1, 1), float64, RAS mm.
-
-    Returns:
-        The same shape; the distance in mm between each point and where the transform takes its result, shape (N,); and
-        what is wrong with each, "ok" if nothing is.
-    """
-    found, folded = points, torch.zeros(points.shape[2], dtype=torch.bool)
-    for step in reversed(steps):
-        if isinstance(step, Displacement):
-            found, _, jacobian = fields.inverse(step.field[None], step.affine, found)
-            folded |= jacobian <= 0
-        else:
-            found = fields.transform_points(torch.linalg.inv(step), found)
-    again, known = forward(steps, found)
-    residual = (again - points).norm(dim=1).flatten()
-    status = []
-    for far, inside, folds in zip(residual.tolist(), known.flatten().tolist(), folded.tolist(), strict=True):
-        missed = f"no inverse: off by {far:.2f} mm" if far > MAX_RESIDUAL else "ok"
-        status.append(OUTSIDE if not inside else FOLDS if folds else missed)
-    return found, residual, status
 
 
 def warp(
@@ -273,70 +230,28 @@ def _say_segments(steps: Sequence[Step], path: str, moving: MetaTensor, warped: 
         print(f"{segment.get('SegmentLabel', number + 1)}: {before:.2f} ml, on the fixed grid {after:.2f} ml{doubt}")
 
 
-def apply_to_points(
-    steps: Sequence[Step],
-    transforms: Sequence[str],
-    points: str,
-    points_from: str,
-    coordinates: str | None,
-    output: str,
-) -> None:
-    """Take the points of a file to the other image and write them as a file of the same kind; see the `apply` verb."""
-    found = read_points(points, coordinates)
-    kind = kind_of(points)
-    if not output.lower().endswith(kind):
-        raise InputError(f"{output}: the points of {points} are written as {kind}; choose a name that ends so")
-    there = ~found.world.isnan().any(dim=1)
-    points_in = found.world[there].T[None, :, :, None, None]
-    residuals, status = torch.full((len(found.world),), torch.nan, dtype=torch.float64), ["no position"] * len(there)
-    through = partial(forth if points_from == "fixed" else backward, steps)
-    moved, residuals[there], states = through(points_in)
-    result = found.world.clone()
-    result[there] = moved[0, :, :, 0, 0].T
-    for index, state in zip(there.nonzero().flatten().tolist(), states, strict=True):
-        status[index] = state
-        if state != "ok":
-            result[index] = torch.nan
-    more = [] if found.radii is None else [_targets(found, result, points_from, through, transforms)]
-    try:
-        found.save(Path(output), result, residuals, status, *more)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror}") from error
-    there_too = "moving" if points_from == "fixed" else "fixed"
-    told = f"{status.count('ok')} of {len(status)} {found.what} of the {points_from} image"
-    print(f"{output}: {told}, in the {there_too} image")
-    if points_from == "moving" and there.any():
-        print(
-            f"residual of the inverse: {residuals[there].median():.2g} mm median, {residuals[there].max():.2g} mm most"
-        )
-    names = found.names or [f"point {number + 1}" for number in range(len(status))]
-    for name, state in zip(names, status, strict=True):
-        if state != "ok":
-            print(f"CHECK: {name}: {state}; {found.lost}")
-    for columns in more:
-        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-        for name, radius, row in zip(names, found.radii.tolist(), rows, strict=True):
-            if row["doubt"] or not math.isnan(row["volume_ratio"]):
-                print(targets.line(name, row, radius))
-        print(targets.WEAK)
+def apply_to_segmentations(
+    transform: Path, files: Sequence[Path], moving: Path, fixed: Path, folder: Path
+) -> list[Path]:
+    """Take DICOM segmentations of a moving series to the fixed one, as targets_1.dcm and so on in a folder.
 
+    One that does not lie in the moving series' frame of reference is left out, and named.
 
-def _targets(
-    found: Points, result: Tensor, points_from: str, through: Callable, transforms: Sequence[str]
-) -> dict[str, list]:
-    """The figures of `targets.figures`, a column each; NaN and no doubt of points that have no radius or no place."""
-    known = ~(found.radii.isnan() | result.isnan().any(dim=1))
-    columns: dict[str, list] = {}
-    if known.any():
-        centres, radii = found.world[known], found.radii[known]
-        axes, states = targets.spheres(through, centres, radii)
-        places = {points_from: centres, "moving" if points_from == "fixed" else "fixed": result[known]}
-        columns = targets.figures(targets.evidence(transforms), places, axes, radii, states)
-    rows = known.nonzero().flatten().tolist()
-    return {
-        name: [values[rows.index(n)] if n in rows else "" if name == "doubt" else math.nan for n in range(len(known))]
-        for name, values in columns.items()
-    }
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: any refusal of `apply`.
+    """
+    frame, written = read_series(moving)[0].FrameOfReferenceUID, []
+    for number, file in enumerate(files, start=1):
+        ((_, header),) = read_headers(file)
+        if header.get("FrameOfReferenceUID") != frame:
+            print(f"CHECK: {header.get('SeriesDescription', file)}: not in the moving image's frame, left out")
+            continue
+        written.append(folder / f"targets_{number}.dcm")
+        apply([str(transform)], str(written[-1]), moving=str(file), reference=str(fixed), label=True)
+    return written
 
 
 def apply(

@@ -13,7 +13,7 @@ import numpy as np
 
 from scripts.data.checks import InputError
 from scripts.data.dicom.frames import pydicom
-from scripts.data.dicom.reader import is_dicom, read_headers
+from scripts.data.dicom.reader import is_dicom, is_segmentation, read_headers
 from scripts.data.dicom.registration import PATIENT, STUDY, check_pair
 from scripts.data.lps import FLIP
 
@@ -48,6 +48,8 @@ def check_reference(source: str | Path, reference: str | Path | None) -> tuple[l
             f"{reference or source}: a DICOM segmentation refers to a DICOM series; name the fixed one by --reference,"
             " or choose an --output that ends in .nii.gz"
         )
+    if is_segmentation(reference):
+        raise InputError(f"{reference}: a segmentation is no image; give the series that it is of as --reference")
     return check_pair(source, reference)
 
 
