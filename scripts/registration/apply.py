@@ -225,8 +225,9 @@ def _say_segments(steps: Sequence[Step], path: str, moving: MetaTensor, warped: 
             every = voxels[:: math.ceil(len(voxels) / ASKED)].T[None, :, :, None, None].double()
             status = backward(steps, fields.transform_points(moving.affine.double(), every))[2]
             lost = 100 - 100 * status.count("ok") / len(status)
-        doubt = f"; CHECK: {lost:.0f} % of it lies outside the field or in a fold" * (lost > 0)
-        doubt = doubt or "; CHECK: nothing of it is left" * bool(before and not after)
+        doubts = ["nothing of it is left"] if before and not after else []
+        doubts += [f"{lost:.0f} % of it lies outside the field or in a fold"] if lost else []
+        doubt = f"; CHECK: {', '.join(doubts)}" if doubts else ""
         print(f"{segment.get('SegmentLabel', number + 1)}: {before:.2f} ml, on the fixed grid {after:.2f} ml{doubt}")
 
 

@@ -38,8 +38,8 @@ def spheres(through: Callable, centres: Tensor, radii: Tensor) -> tuple[Tensor, 
         radii: shape (N,), mm.
 
     Returns:
-        The semi-axes of the ellipsoids in mm, the longest first, shape (N, 3); and what is wrong with the poles of each
-        sphere, "ok" if nothing is.
+        The semi-axes of the ellipsoids in mm, the longest first, shape (N, 3), NaN where a pole has no place; and what
+        is wrong with the poles of each sphere, "ok" if nothing is.
     """
     ends = torch.cat([torch.eye(3), -torch.eye(3)]).double()
     poles = centres[:, None] + radii[:, None, None] * ends
@@ -47,6 +47,7 @@ def spheres(through: Callable, centres: Tensor, radii: Tensor) -> tuple[Tensor, 
     moved = moved[0, :, :, 0, 0].T.reshape(-1, 6, 3)
     axes = torch.linalg.svdvals((moved[:, :3] - moved[:, 3:]) / 2)
     wrong = [[state for state in states[6 * n : 6 * n + 6] if state != "ok"] for n in range(len(centres))]
+    axes[[bool(found) for found in wrong]] = torch.nan
     return axes, [found[0] if found else "ok" for found in wrong]
 
 
@@ -116,7 +117,8 @@ def _doubts(row: Mapping[str, float], radius: float, state: str) -> list[str]:
     one, other = (depths[0][1], depths[-1][1]) if depths else (0, 0)
     if min(one, other) < 0 and abs(one - other) > DEPTHS:
         doubts.append(f"the two glands found disagree how deep it lies, {-one:.1f} and {-other:.1f} mm")
-    doubts += [f"the networks are {row['spread_mm']:.1f} mm apart"] * (row.get("spread_mm", 0) > APART)
+    spread = row.get("spread_mm", 0.0)
+    doubts += [f"the networks are {spread:.1f} mm apart"] * (spread > APART)
     stretched = (row["radius_min_mm"] / radius, row["radius_max_mm"] / radius)
     if stretched[0] < STRETCH[0] or stretched[1] > STRETCH[1]:
         doubts.append("its sphere is stretched {:.2f} to {:.2f} times".format(*stretched))
@@ -125,10 +127,9 @@ def _doubts(row: Mapping[str, float], radius: float, state: str) -> list[str]:
 
 def line(name: str, row: Mapping[str, float | str], radius: float) -> str:
     """What is printed of a target."""
-    said = [
-        f"{name}: sphere of {radius:g} mm becomes {row['radius_min_mm']:.1f} to {row['radius_max_mm']:.1f} mm,"
-        f" {row['volume_ratio']:.2f} of its volume"
-    ]
+    axes = "{radius_min_mm:.1f} to {radius_max_mm:.1f} mm, {volume_ratio:.2f} of its volume".format(**row)
+    whole = not math.isnan(row["volume_ratio"])
+    said = [f"{name}: sphere of {radius:g} mm " + (f"becomes {axes}" if whole else "reaches beyond what is known")]
     for side in ("moving", "fixed"):
         depth = row.get(f"outside_{side}_gland_mm", math.nan)
         if not math.isnan(depth):

@@ -287,7 +287,7 @@ def test_a_segment_that_is_cut_off_or_gone_is_named_and_one_of_a_single_slice_is
     capsys.readouterr()
     apply([str(tmp_path / "small.nii.gz")], str(tmp_path / "cut.dcm"), moving=two, reference=str(fixed), label=True)
     first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Lesion")]
-    assert "% of it lies outside the field" in first and "100 % of it lies outside the field" in second
+    assert "% of it lies outside the field" in first and "nothing of it is left" in second
 
 
 def test_segmentations_that_cannot_be_written_are_refused_in_one_line(dicom, tmp_path):
