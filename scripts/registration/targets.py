@@ -62,9 +62,11 @@ def evidence(transforms: Sequence[str]) -> dict[str, MetaTensor]:
 def outside(gland: MetaTensor, points: Tensor) -> Tensor:
     """How far points (N, 3), RAS mm, lie outside a gland (1, X, Y, Z), to about half a voxel: mm, shape (N,).
 
-    Negative inside; NaN beyond the image, which does not show how far the gland reaches.
+    Negative inside; NaN beyond the image, which does not show how far the gland reaches, and where there is no gland.
     """
     inside = gland[0].numpy() > 0.5
+    if not inside.any():
+        return torch.full((len(points),), torch.nan, dtype=torch.float64)
     voxel = gland.affine[:3, :3].norm(dim=0).tolist()
     away = distance_transform_edt(~inside, voxel) - distance_transform_edt(inside, voxel)
     away -= (1 - 2 * inside) * (sum(voxel) / 6)  # from the centre of the nearest other voxel to the face between
@@ -112,7 +114,7 @@ def _doubts(row: Mapping[str, float], radius: float, state: str) -> list[str]:
     depths = [(side, row.get(f"outside_{side}_gland_mm")) for side in ("moving", "fixed")]
     depths = [(side, depth) for side, depth in depths if depth is not None]
     for side, depth in depths:
-        doubts += [f"beyond the {side} image"] * math.isnan(depth)
+        doubts += [f"beyond the {side} image, or no gland in it"] * math.isnan(depth)
         doubts += [f"{depth:.1f} mm outside the gland found in the {side} image"] * (depth > OUTSIDE)
     one, other = (depths[0][1], depths[-1][1]) if depths else (0, 0)
     if min(one, other) < 0 and abs(one - other) > DEPTHS:

@@ -1,6 +1,7 @@
 """Targets through a transform: surfaces, DICOM segmentations, spheres, and what makes their places doubtful."""
 
 import csv
+from pathlib import Path
 
 import highdicom as hd
 import nibabel as nib
@@ -18,7 +19,7 @@ from vtkmodules.vtkIOGeometry import vtkSTLReader
 from scripts.data.checks import InputError
 from scripts.data.formats import save_displacement
 from scripts.data.meshes import SUFFIXES, Surface, read_surface, write_surface
-from scripts.registration.apply import apply
+from scripts.registration.apply import apply, apply_to_segmentations
 
 LPS = np.array([-1.0, -1.0, 1.0])
 SERIES = affine_of(
@@ -288,6 +289,16 @@ def test_a_segment_that_is_cut_off_or_gone_is_named_and_one_of_a_single_slice_is
     apply([str(tmp_path / "small.nii.gz")], str(tmp_path / "cut.dcm"), moving=two, reference=str(fixed), label=True)
     first, second = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Lesion")]
     assert "% of it lies outside the field" in first and "nothing of it is left" in second
+
+
+def test_segmentations_of_a_series_are_taken_along_and_those_of_another_are_named(dicom, tmp_path, capsys):
+    moving, fixed, path, masks = dicom
+    other = segmentation(tmp_path / "other.dcm", fixed, np.ones((1, 34, 26, 30), bool))
+    files = [Path(other), Path(path)]
+    written = apply_to_segmentations(Path(zero(tmp_path)), files, moving, fixed, tmp_path / "out")
+    assert [file.name for file in written] == ["targets_2.dcm"] == [file.name for file in (tmp_path / "out").iterdir()]
+    assert len(hd.seg.segread(written[0]).SegmentSequence) == len(masks)
+    assert "not in the moving image's frame, left out" in capsys.readouterr().out
 
 
 def test_segmentations_that_cannot_be_written_are_refused_in_one_line(dicom, tmp_path):
