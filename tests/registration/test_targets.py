@@ -12,7 +12,7 @@ import SimpleITK as sitk
 import torch
 from pydicom.sr.codedict import codes
 from scipy.spatial.transform import Rotation
-from synthetic import GRIDS, SIZE, affine_of, registration, save, write_series
+from synthetic import GRIDS, SIZE, affine_of, multi_frame, registration, save, write_series
 from vtkmodules.util.numpy_support import vtk_to_numpy
 from vtkmodules.vtkIOGeometry import vtkSTLReader
 
@@ -272,6 +272,19 @@ def test_a_segmentation_on_another_series_is_where_simpleitk_has_it_and_refers_t
         assert ours.any() and (ours == (share >= 0.5))[clear].all()
     said = capsys.readouterr().out
     assert "Lesion 1: " in said and "ml, on the fixed grid" in said and "CHECK" not in said
+
+
+def test_the_series_may_be_one_enhanced_file(dicom, tmp_path):
+    moving, _, path, masks = dicom
+    enhanced = multi_frame(np.ones(SIZE), SERIES, "MR")
+    enhanced.file_meta = pydicom.dataset.FileMetaDataset()
+    enhanced.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    enhanced.save_as(tmp_path / "enhanced.dcm", enforce_file_format=True)
+    out, reference = tmp_path / "out.dcm", str(tmp_path / "enhanced.dcm")
+    apply([zero(tmp_path)], str(out), moving=path, reference=reference, label=True)
+    written = hd.seg.segread(out)
+    assert written.pixel_array.sum() == masks.sum()
+    assert written.ReferencedSeriesSequence[0].SeriesInstanceUID == enhanced.SeriesInstanceUID
 
 
 def test_a_segment_that_is_cut_off_or_gone_is_named_and_one_of_a_single_slice_is_read(dicom, tmp_path, capsys):

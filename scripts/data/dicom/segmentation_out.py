@@ -6,6 +6,7 @@ Their labels, codes, algorithms and tracking are those of the segmentation they 
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -95,20 +96,25 @@ def save_segmentation(
         frame_of_reference_uid=images[0].FrameOfReferenceUID,
         channels={"SegmentNumber": list(range(1, channels.shape[3] + 1))},
     )
-    hd.seg.Segmentation(
-        source_images=images,
-        pixel_array=volume,
-        segmentation_type="BINARY",
-        segment_descriptions=described,
-        series_instance_uid=pydicom().uid.generate_uid(),
-        series_number=SERIES,
-        series_description="Segments warped to TRUS, research use only",
-        sop_instance_uid=pydicom().uid.generate_uid(),
-        instance_number=1,
-        manufacturer="Research software",
-        manufacturer_model_name="MR-TRUS registration",
-        software_versions=f"highdicom {hd.__version__}",
-        device_serial_number="0",
-        content_description=DESCRIPTION,
-        content_label="SEGMENTATION",
-    ).save_as(path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The string .* is unlikely to represent")  # names are as they were
+        made = hd.seg.Segmentation(
+            source_images=images,
+            pixel_array=volume,
+            segmentation_type="BINARY",
+            segment_descriptions=described,
+            series_instance_uid=pydicom().uid.generate_uid(),
+            series_number=SERIES,
+            series_description="Segments warped to TRUS, research use only",
+            sop_instance_uid=pydicom().uid.generate_uid(),
+            instance_number=1,
+            manufacturer="Research software",
+            manufacturer_model_name="MR-TRUS registration",
+            software_versions=f"highdicom {hd.__version__}",
+            device_serial_number="0",
+            content_description=DESCRIPTION,
+            content_label="SEGMENTATION",
+        )
+    # those of an enhanced image, which highdicom takes over, may lack what a segmentation must have
+    made.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence = volume.get_pixel_measures()
+    made.save_as(path)
