@@ -165,7 +165,7 @@ def apply_to_images(
         check_reference(moving, reference)
     affine, size = grid_of(steps, reference)
 
-    def one(source: str | Path, target: Path) -> None:
+    def one(source: str | Path, target: Path, said: bool = False) -> None:
         load = load_maps if label else load_volume
         volume = load(str(source), moving_spacing, moving_series, "moving")
         checks.check_finite(source, volume.numpy())
@@ -176,17 +176,20 @@ def apply_to_images(
             warped = warped[..., 0] if len(volume) == 1 else warped
         with written_together(target.parent) as folder:
             if as_segmentation:
+                if not warped.any():
+                    raise InputError(f"{source}: no segment reaches the fixed grid; is it of the moving image?")
                 parts = warped if warped.ndim == 4 else warped[..., None]
-                _say_segments(steps, moving, volume, parts, affine)
-                save_segmentation(folder / target.name, parts, affine.numpy(), moving, reference)
+                save_segmentation(folder / target.name, parts, affine.numpy(), source, reference)
             else:
                 save_volume(folder / target.name, warped, affine.numpy(), dtype=warped.dtype.type)
+        if label and said:
+            _say_labels(steps, source, volume, warped, affine)
 
     files = image_files(Path(moving)) if Path(moving).is_dir() and not holds_slices(moving) else {}
     if not files:  # one file, or a folder with one DICOM series
         if not output.lower().endswith((".nii", ".nii.gz", ".dcm")):
             raise InputError(f"{output}: the image is written as NIfTI; choose a name that ends in .nii.gz")
-        one(moving, Path(output))
+        one(moving, Path(output), said=True)
         print(f"{output}: {moving} on the fixed grid, {' × '.join(map(str, size))} voxels")
         return
     targets = {case: Path(output) / f"{case}.nii.gz" for case in files}
@@ -204,31 +207,34 @@ def apply_to_images(
         raise InputError(f"{len(refused)} of {len(files)} images refused, the others are written; first {refused[0]}")
 
 
-def _say_segments(steps: Sequence[Step], path: str, moving: MetaTensor, warped: np.ndarray, affine: Tensor) -> None:
-    """Print the volume of each segment before and after, and how much of it has no place in the other image.
+def _say_labels(steps: Sequence[Step], path: str, moving: MetaTensor, warped: np.ndarray, affine: Tensor) -> None:
+    """Print the volume of each label before and after, and how much of it has no place in the other image.
 
     Args:
-        moving: shape (M, X, Y, Z).
-        warped: shape (X', Y', Z', M), on the grid of `affine`.
-
-    Raises:
-        InputError: nothing is left of any.
+        path, moving: the labels' file, and what it holds, see `scripts.data.labels.load_maps`.
+        warped: of `warp_label`, on the grid of `affine`.
     """
-    if not warped.any():
-        raise InputError(f"{path}: none of its segments reaches the fixed grid; is it of the moving image?")
-    for number, segment in enumerate(segments(path)):
-        voxels = moving[number].nonzero()
-        before = len(voxels) * moving.affine[:3, :3].det().abs().item() / 1000
-        after = int(warped[..., number].sum()) * affine[:3, :3].det().abs().item() / 1000
+    values = [1] * len(moving)
+    names = [f"label {number}" for number in range(1, len(moving) + 1)]
+    if is_segmentation(path):
+        names = [str(segment.get("SegmentLabel", segment.SegmentNumber)) for segment in segments(path)]
+    elif len(moving) == 1:
+        values = [int(value) for value in moving.unique() if value]
+        names = [f"label {value}" for value in values]
+    voxel_ml = [grid[:3, :3].det().abs().item() / 1000 for grid in (moving.affine, affine)]
+    for number, (name, value) in enumerate(zip(names, values, strict=True)):
+        channel = number if len(moving) > 1 else 0
+        voxels = (moving[channel] == value).nonzero()
+        left = int(((warped[..., channel] if warped.ndim == 4 else warped) == value).sum())
         lost = 0.0
         if len(voxels):
             every = voxels[:: math.ceil(len(voxels) / ASKED)].T[None, :, :, None, None].double()
             status = backward(steps, fields.transform_points(moving.affine.double(), every))[2]
             lost = 100 - 100 * status.count("ok") / len(status)
-        doubts = ["nothing of it is left"] if before and not after else []
-        doubts += [f"{lost:.0f} % of it lies outside the field or in a fold"] if lost else []
+        doubts = ["nothing of it is left"] if len(voxels) and not left else []
+        doubts += [f"{lost:.2g} % of it lies outside the field or in a fold"] if lost else []
         doubt = f"; CHECK: {', '.join(doubts)}" if doubts else ""
-        print(f"{segment.get('SegmentLabel', number + 1)}: {before:.2f} ml, on the fixed grid {after:.2f} ml{doubt}")
+        print(f"{name}: {len(voxels) * voxel_ml[0]:.2f} ml, on the fixed grid {left * voxel_ml[1]:.2f} ml{doubt}")
 
 
 def apply_to_segmentations(

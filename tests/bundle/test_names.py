@@ -77,8 +77,10 @@ def test_every_command_takes_names_as_they_are(place, images, typed):
         file.write("x,y,z\n0,0,0\n")
     points = options(transform=chain, points=f"{place}/p.csv", points_from="fixed", coordinates="RAS")
     assert typed("apply", *points, "--output", f"{place}/q.csv")[0] == 0
-    points = options(transform=chain, points=f"{place}/{place}.stl", points_from="moving")
-    write_surface(f"{place}/{place}.stl", Surface(5 * np.eye(3), np.array([[0, 1, 2]])))
+    image = sitk.ReadImage(fixed)
+    middle = image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()])
+    write_surface(f"{place}/{place}.stl", Surface(middle * np.array([-1, -1, 1]) + np.eye(3), np.array([[0, 1, 2]])))
+    points = options(transform=f"{out}/ddf.nii.gz", points=f"{place}/{place}.stl", points_from="fixed")
     assert typed("apply", *points, "--output", f"{place}/on {place}.stl")[0] == 0
     assert typed("invert", *options(transform=chain, reference=moving, output=f"{place}/i.nii.gz"))[0] == 0
     np.save(f"{place}/s.npy", np.random.default_rng(0).integers(0, 255, (12, 20, 30)).astype(np.uint8))

@@ -333,9 +333,24 @@ def test_segmentations_that_cannot_be_written_are_refused_in_one_line(dicom, tmp
         with pytest.raises(InputError, match=message) as error:
             apply([field], out, **told)
         assert "\n" not in str(error.value)
-    with pytest.raises(InputError, match="none of its segments reaches the fixed grid"):
+    with pytest.raises(InputError, match="no segment reaches the fixed grid"):
         apply([str(tmp_path / "far.nii.gz")], out, moving=path, reference=str(fixed), label=True)
     assert not (tmp_path / "out.dcm").exists()
+
+
+def test_labels_of_any_file_are_said_one_by_one(dicom, tmp_path, capsys):
+    _, _, _, masks = dicom
+    labels = np.where(masks[0], 7, 0)
+    labels[:2, :2, :2] = 9
+    path = str(save(tmp_path / "labels.nii.gz", labels.astype(np.uint8), SERIES))
+    small = affine_of(np.eye(3), (2, 2, 2), (25, 25, 31), (5, -9, 40))
+    save_displacement(tmp_path / "small.nii.gz", np.zeros((3, 25, 25, 31)), small)
+    grid = affine_of(np.eye(3), (2, 2, 2), (9, 9, 9), (5, -9, 40))
+    reference = str(save(tmp_path / "fixed.nii.gz", np.zeros((9, 9, 9), np.float32), grid))
+    apply([str(tmp_path / "small.nii.gz")], str(tmp_path / "o.nii.gz"), moving=path, reference=reference, label=True)
+    seven, nine = [line for line in capsys.readouterr().out.splitlines() if line.startswith("label ")]
+    assert seven.startswith("label 7: 1.76 ml") and "CHECK" not in seven
+    assert nine.startswith("label 9: ") and "CHECK: nothing of it is left" in nine
 
 
 def test_a_segmentation_goes_to_nifti_where_the_fixed_image_is_none_of_dicom(dicom, tmp_path):
