@@ -378,7 +378,7 @@ def test_apply_takes_a_segmentation_as_it_is_stored_or_by_segments_where_they_ov
     margin = (slice(1, -1),) * 3  # of an empty voxel, because such a file ends where what is segmented does
     volume = load_maps(path)
     np.testing.assert_array_equal(volume[0].numpy()[margin], shared)
-    np.testing.assert_allclose(volume.affine @ [1, 1, 1, 1], PAIR_AFFINE[:, 3], atol=1e-5)
+    np.testing.assert_allclose(volume.affine.numpy() @ [1, 1, 1, 1], PAIR_AFFINE[:, 3], atol=1e-5)
     assert volume.sum() == shared.sum()
     layers = np.stack([shared, (shared > 0).astype(np.uint8)])
     path = write_nrrd(tmp_path / "l.seg.nrrd", layers, keys=keys_of(("all", 1, 1), ("a", 0, 1), ("b", 0, 2)))
