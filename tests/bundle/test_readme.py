@@ -194,7 +194,6 @@ def test_the_commands_run(bundle):
     wanted |= {
         "lesion_on_trus.stl",
         "spheres_on_trus.csv",
-        "out/spread.nii.gz",
         "eval/cases.csv",
         "mr_on_trus.nii.gz",
         "zones_on_trus.nii.gz",
