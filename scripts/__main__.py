@@ -106,18 +106,26 @@ def apply(
     moving_spacing: list[float] | None = None,
     moving_series: str | None = None,
 ) -> None:
-    """Warp images or labels by a registration, or take points to the other image. Research use only.
+    """Warp images or labels by a registration, or take points and surfaces to the other image. Research use only.
 
     Example:
         python -m scripts apply --transform out/ddf.nii.gz --moving mr_2.nii.gz --output warped.nii.gz
         python -m scripts apply --transform out/ddf.nii.gz --moving mr_zones.nii.gz --label True --output zones.nii.gz
         python -m scripts apply --transform out/ddf.nii.gz --points targets.mrk.json --points_from moving \\
             --output targets_in_fixed.mrk.json
+        python -m scripts apply --transform out/ddf.nii.gz --points lesion.stl --points_from moving --output on_trus.stl
+        python -m scripts apply --transform out/ddf.nii.gz --moving seg.dcm --label True --reference TRUS_SERIES \
+            --output seg_on_trus.dcm
 
     The transform takes points of the fixed image to points of the moving image, and so pulls moving images onto the
     fixed grid. Points marked in the fixed image go forward through it, points marked in the moving image through its
     inverse, whose residual is stated; a point outside the field, or whose inverse is off by more than 0.1 mm or lies
-    in a fold, is written without a position and named. Beyond the grid of a field images are 0.
+    in a fold, is written without a position and named; a surface with such a vertex is refused, because one with holes
+    shows a smaller target. Beyond the grid of a field images are 0.
+
+    A table with a column radius, in mm, is of targets: what becomes of a sphere around each, and, from what register
+    --write_glands True --write_spread True leaves beside ddf.nii.gz, how far it lies outside the glands that were found
+    and how far the networks' fields are apart there. CHECK names what makes a place doubtful; none of it is an error.
 
     Several transforms, separated by commas, are in the order in which the moving image goes through them: for A,B it
     is warped by A and the result by B, in one interpolation; a point x of the fixed image goes to A(B(x)). That is the
@@ -126,16 +134,19 @@ def apply(
     Args:
         transform: one or several of ddf.nii.gz, a displacement image of ITK, ANTs or NiftyReg (NIfTI, NRRD,
             MetaImage); a .h5, .tfm or .txt of ITK; a .mat of ANTs; linear, fields or composites.
-        output: the image (.nii.gz); the folder, if moving is one; or the points, a file like the one given.
+        output: the image (.nii.gz); the folder, if moving is one; of a DICOM segmentation also another (.dcm), which
+            refers to the DICOM series that reference names; or the points, a file like the one given.
         moving: an image or labels of the moving world at any resolution, a folder with one DICOM series, or a folder
             of such files and folders, which are all warped.
         reference: an image whose grid to warp onto; the default is the transform's own grid.
         label: True for labels, an integer index map or one binary map a channel: each label is interpolated on its
             own, and the result holds no other values.
         interpolation: of images: "linear", the default, "cubic" (B-spline) or "nearest".
-        points: a .csv with the columns x, y, z in mm, or a table, .fcsv or .mrk.json of 3D Slicer.
+        points: a .csv with the columns x, y, z in mm, or a table, .fcsv or .mrk.json of 3D Slicer; or a surface of
+            triangles, .stl, .obj, .ply or .vtp, whose vertices they are (requirements-surfaces.txt).
         points_from: the image the points were marked in, "fixed" or "moving".
-        coordinates: of columns x, y, z, "RAS" or "LPS"; the result has the same. Other files say it themselves.
+        coordinates: of columns x, y, z, "RAS" or "LPS"; the result has the same. Other files say it themselves, and
+            surfaces are LPS where they do not.
         moving_spacing, moving_series: of moving, as for register.
     """
     from scripts.data.files import listed

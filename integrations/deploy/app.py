@@ -4,7 +4,8 @@
     python integrations/deploy/app.py --input DICOM_DIR --output OUT_DIR
 
 It leaves what `python -m scripts register --formats dicom` leaves, the warped MR as a DICOM series and the Deformable
-Spatial Registration object among it. A GPU is used where there is one, and not needed.
+Spatial Registration object among it, and each DICOM segmentation of that MR on the TRUS, as a segmentation of the TRUS
+series. A GPU is used where there is one, and not needed.
 """
 
 import json
@@ -21,10 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the bundle
 
 from scripts.bundle.workflow import register  # noqa: E402
 from scripts.data.checks import InputError, refusal  # noqa: E402
+from scripts.registration.apply import apply_to_segmentations  # noqa: E402
 
 RULES = {  # of the SDK's series selector; narrow them where a study has more than one such series
     "moving": {"Modality": "MR"},
     "fixed": {"Modality": "US"},
+    "targets": {"Modality": "SEG"},  # of the MR; any number, none too
 }
 
 
@@ -32,7 +35,8 @@ class RegistrationOperator(Operator):
     """Register the two selected series.
 
     Named input:
-        study_selected_series_list: with one series selected as "moving" and one as "fixed", in one study or in two.
+        study_selected_series_list: with one series selected as "moving" and one as "fixed", in one study or in two, and
+            those selected as "targets".
 
     Args:
         output_folder: what `register` writes is written there.
@@ -52,16 +56,26 @@ class RegistrationOperator(Operator):
         studies = op_input.receive("study_selected_series_list")
         selected = [chosen for study in studies for chosen in study.selected_series]
         with TemporaryDirectory() as folder:
-            pair = {}
-            for name, rule in RULES.items():
-                found = [chosen.series for chosen in selected if chosen.selection_name == name]
-                if len(found) != 1:
-                    raise InputError(f"{len(found)} series in the input match {rule}; expected one, see RULES")
-                pair[name] = Path(folder) / str(found[0].SeriesInstanceUID)
-                pair[name].mkdir()
-                for i, instance in enumerate(found[0].get_sop_instances()):
-                    instance.get_native_sop_instance().save_as(pair[name] / f"{i}.dcm")
-            register(**pair, output_dir=self.output_folder, formats="dicom")
+            found = {name: [one.series for one in selected if one.selection_name == name] for name in RULES}
+            for name in ("moving", "fixed"):
+                if len(found[name]) != 1:
+                    raise InputError(
+                        f"{len(found[name])} series in the input match {RULES[name]}; expected one, see RULES"
+                    )
+            files = {name: [self._saved(one, Path(folder)) for one in series] for name, series in found.items()}
+            (moving,), (fixed,) = files["moving"], files["fixed"]
+            register(moving=moving, fixed=fixed, output_dir=self.output_folder, formats="dicom")
+            targets = [file for series in files["targets"] for file in sorted(series.iterdir())]
+            apply_to_segmentations(self.output_folder / "ddf.nii.gz", targets, moving, fixed, self.output_folder)
+
+    @staticmethod
+    def _saved(series, folder: Path) -> Path:
+        """A folder with the files of a series."""
+        target = folder / str(series.SeriesInstanceUID)
+        target.mkdir()
+        for i, instance in enumerate(series.get_sop_instances()):
+            instance.get_native_sop_instance().save_as(target / f"{i}.dcm")
+        return target
 
 
 class RegistrationApp(Application):

@@ -25,6 +25,7 @@ except ImportError:  # outside Slicer, where the logic's `run` works all the sam
 TITLE = "Prostate MR to TRUS"
 NOTICE = "Research use only. Not for clinical decisions."
 WARPED, TRANSFORM, RECORD = "warped_moving_image.nii.gz", "ddf.h5", "qc.json"  # what `register` leaves
+FIELD = "ddf.nii.gz"  # the same transform, which knows the TRUS's grid
 
 
 class ProstateMRTRUS(ScriptedLoadableModule):
@@ -35,8 +36,9 @@ class ProstateMRTRUS(ScriptedLoadableModule):
         parent.title = TITLE
         parent.categories = ["Registration"]
         parent.helpText = (
-            f"{NOTICE}<p>Registers an MR to a TRUS volume and shows the warped MR over the TRUS. The transform is"
-            " loaded too: put the MR, its segmentation or its markups under it to see them on the TRUS."
+            f"{NOTICE}<p>Registers an MR to a TRUS volume and shows the warped MR over the TRUS. Targets on the MR, a"
+            " segmentation or markups, are taken to the TRUS, and what has no place there is named. The transform is"
+            " loaded too: put whatever lies on the MR under it to see it on the TRUS."
         )
 
 
@@ -62,8 +64,39 @@ class ProstateMRTRUSLogic(ScriptedLoadableModuleLogic):
         Raises:
             RuntimeError: it could not be run, or refused its input; the message says why in one line.
         """
-        command = [python, "-m", "scripts", "register", "--moving", moving, "--fixed", fixed]
-        command += ["--output_dir", output_dir, "--formats", "slicer"]
+        words = ["register", "--moving", moving, "--fixed", fixed, "--output_dir", output_dir, "--formats", "slicer"]
+        ProstateMRTRUSLogic.command(python, bundle, words, environment)
+        return json.loads((Path(output_dir) / RECORD).read_text(encoding="utf-8"))
+
+    @staticmethod
+    def carry(
+        python: str, bundle: str, targets: str, output: str, output_dir: str, environment: dict | None = None
+    ) -> list[str]:
+        """Take targets on the MR to the TRUS by the registration in a folder.
+
+        Args:
+            targets: a file of markups (.mrk.json), or of a segmentation (.seg.nrrd).
+            output: where to write, .mrk.json or .nii.gz.
+            python, bundle, output_dir, environment: as of `run`.
+
+        Returns:
+            What is to be checked, a line each: targets without a place on the TRUS.
+
+        Raises:
+            RuntimeError: as of `run`.
+        """
+        words = ["apply", "--transform", str(Path(output_dir) / FIELD), "--output", output]
+        if targets.endswith(".mrk.json"):
+            words += ["--points", targets, "--points_from", "moving"]
+        else:
+            words += ["--moving", targets, "--label", "True"]
+        said = ProstateMRTRUSLogic.command(python, bundle, words, environment)
+        return [line for line in said.splitlines() if "CHECK" in line]
+
+    @staticmethod
+    def command(python: str, bundle: str, words: list[str], environment: dict | None = None) -> str:
+        """What a command of the bundle prints; see `run`."""
+        command = [python, "-m", "scripts", *words]
         hidden = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # no console on Windows
         try:
             result = subprocess.run(
@@ -74,7 +107,7 @@ class ProstateMRTRUSLogic(ScriptedLoadableModuleLogic):
         if result.returncode:
             lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
             raise RuntimeError(next((line for line in lines if line.startswith("error:")), lines[-1]))
-        return json.loads((Path(output_dir) / RECORD).read_text(encoding="utf-8"))
+        return result.stdout or ""
 
     @staticmethod
     def summary(record: dict) -> str:
@@ -85,8 +118,10 @@ class ProstateMRTRUSLogic(ScriptedLoadableModuleLogic):
         lines += [f"The MR covers {record['covered_percent']:.0f} % of the TRUS volume"]
         return "\n".join(lines)
 
-    def register(self, python: str, bundle: str, moving_node, fixed_node, output_dir: str) -> str:
-        """Register two volumes of the scene, load the warped one and the transform; the `summary`."""
+    def register(
+        self, python: str, bundle: str, moving_node, fixed_node, output_dir: str, segmentation=None, markups=None
+    ) -> str:
+        """Register two volumes of the scene, load the warped one, transform and targets; what the panel then says."""
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         files = {str(folder / "moving.nrrd"): moving_node, str(folder / "fixed.nrrd"): fixed_node}
@@ -98,11 +133,23 @@ class ProstateMRTRUSLogic(ScriptedLoadableModuleLogic):
         warped.SetName(f"{moving_node.GetName()} warped")
         slicer.util.loadTransform(str(folder / TRANSFORM)).SetName(f"{moving_node.GetName()} to {fixed_node.GetName()}")
         slicer.util.setSliceViewerLayers(background=fixed_node, foreground=warped, foregroundOpacity=0.5)
-        return self.summary(record)
+        checks = []
+        if markups is not None:
+            source, target = str(folder / "targets.mrk.json"), str(folder / "targets_on_trus.mrk.json")
+            slicer.util.exportNode(markups, source, world=True)
+            checks += self.carry(python, bundle, source, target, output_dir, slicer.util.startupEnvironment())
+            slicer.util.loadMarkups(target).SetName(f"{markups.GetName()} on {fixed_node.GetName()}")
+        if segmentation is not None:
+            source, target = str(folder / "segmentation.seg.nrrd"), str(folder / "segmentation_on_trus.nii.gz")
+            slicer.util.exportNode(segmentation, source, world=True)
+            checks += self.carry(python, bundle, source, target, output_dir, slicer.util.startupEnvironment())
+            carried = slicer.util.loadSegmentation(target)
+            carried.SetName(f"{segmentation.GetName()} on {fixed_node.GetName()}")
+        return "\n".join([self.summary(record), *checks])
 
 
 class ProstateMRTRUSWidget(ScriptedLoadableModuleWidget):
-    """The panel: two volumes, three paths that are remembered, a button, the QC record."""
+    """The panel: two volumes and the targets, three paths that are remembered, a button, the QC record."""
 
     def setup(self) -> None:
         super().setup()
@@ -110,7 +157,10 @@ class ProstateMRTRUSWidget(ScriptedLoadableModuleWidget):
         form = qt.QFormLayout()
         self.layout.addLayout(form)
         form.addRow(qt.QLabel(f"<b>{NOTICE}</b>"))
-        self.moving, self.fixed = self._volume(form, "MR (moving)"), self._volume(form, "TRUS (fixed)")
+        volume = "vtkMRMLScalarVolumeNode"
+        self.moving, self.fixed = self._node(form, "MR (moving)", volume), self._node(form, "TRUS (fixed)", volume)
+        self.segmentation = self._node(form, "Segmentation of the MR", "vtkMRMLSegmentationNode", optional=True)
+        self.markups = self._node(form, "Markups on the MR", "vtkMRMLMarkupsFiducialNode", optional=True)
         self.paths = {
             "python": self._path(form, "Python", "python", ctk.ctkPathLineEdit.Files),
             "bundle": self._path(form, "Bundle's folder", "bundle", ctk.ctkPathLineEdit.Dirs),
@@ -125,9 +175,10 @@ class ProstateMRTRUSWidget(ScriptedLoadableModuleWidget):
         self.layout.addStretch(1)
 
     @staticmethod
-    def _volume(form, label: str):
+    def _node(form, label: str, kind: str, optional: bool = False):
         box = slicer.qMRMLNodeComboBox()
-        box.nodeTypes = ["vtkMRMLScalarVolumeNode"]
+        box.nodeTypes = [kind]
+        box.noneEnabled = optional
         box.addEnabled = box.removeEnabled = False
         box.setMRMLScene(slicer.mrmlScene)
         form.addRow(label, box)
@@ -150,4 +201,8 @@ class ProstateMRTRUSWidget(ScriptedLoadableModuleWidget):
                 raise RuntimeError("Choose an MR, a TRUS volume, and the three paths.")
             for name, path in paths.items():
                 qt.QSettings().setValue(f"ProstateMRTRUS/{name}", path)
-            self.report.plainText = self.logic.register(moving_node=moving, fixed_node=fixed, **paths)
+            targets = {
+                "segmentation": self.segmentation.currentNode(),
+                "markups": self.markups.currentNode(),
+            }
+            self.report.plainText = self.logic.register(moving_node=moving, fixed_node=fixed, **paths, **targets)

@@ -90,14 +90,19 @@ def load_label(
 def load_maps(path: str, *told) -> MetaTensor:
     """Labels as they are stored, for `apply`: an index map (1, X, Y, Z) or binary maps (M, X, Y, Z), float32.
 
+    Those that hold no more than what is segmented get a margin of one empty voxel: there the label ends, not the image.
+
     Args:
         told: further arguments of `scripts.data.volumes.load_volume`.
     """
     label = load_volume(path, *told)
-    array, segments = whole(label.numpy()), _segments(path)
+    array, segments, affine = whole(label.numpy()), _segments(path), label.affine.double()
     if len(array) > 1:
         array = binary(path, _split(path, array, segments, None) if segments else array)
-    return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=label.affine)
+    if segments or is_segmentation(path):
+        array = np.pad(array, [(0, 0), *[(1, 1)] * 3])
+        affine[:3, 3] -= affine[:3, :3].sum(dim=1)
+    return MetaTensor(torch.from_numpy(np.ascontiguousarray(array)), affine=affine)
 
 
 def whole(labels: np.ndarray) -> np.ndarray:

@@ -10,9 +10,9 @@ import codecs
 import csv
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ DELIMITERS = (",", ";", "\t")
 UNIT = re.compile(r"\s*[\[(_ ]?\s*mm\s*[\])]?$")  # after the name of a column
 THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
 NOTES = ("residual_mm", "status")  # columns of a result
+NAMES = ("name", "label", "id")  # columns that name a point
 SLICER = {"0": "RAS", "1": "LPS"}  # coordinate systems as early versions of 3D Slicer write them
 
 
@@ -35,13 +36,20 @@ class Points(NamedTuple):
 
     Attributes:
         world: shape (N, 3), float64, RAS mm; NaN where the file has none.
-        save: writes a file of the same kind with other positions, residuals in mm (NaN: none) and a status each.
+        save: writes a file of the same kind with other positions, residuals in mm (NaN: none) and a status each; of a
+            table with radii further columns by name.
         lost: what becomes of a point without a position in such a file.
+        what: they are, in the plural.
+        radii: of the spheres around them, shape (N,), mm, NaN where there is none; None of a file without.
+        names: of the points, where the file has them.
     """
 
     world: Tensor
-    save: Callable[[Path, Tensor, Tensor, Sequence[str]], None]
+    save: Callable[..., None]
     lost: str = "written without a position"
+    what: str = "points"
+    radii: Tensor | None = None
+    names: Sequence[str] = ()
 
 
 class Table(NamedTuple):
@@ -50,6 +58,7 @@ class Table(NamedTuple):
     Attributes:
         names, rows: the header, and the cells below it by name.
         axes: the three columns of the coordinates.
+        radius: the column of the radius, None without.
         system: "RAS" or "LPS" where their names say it.
         delimiter, comma, encoding, first: comma for a decimal comma; first is a line before the header (`sep=;`).
     """
@@ -62,6 +71,7 @@ class Table(NamedTuple):
     comma: bool
     encoding: str
     first: str
+    radius: str | None = None
 
 
 def sign(coordinates: str) -> Tensor:
@@ -86,22 +96,35 @@ def read_table(path: str, coordinates: str | None) -> Points:
     if defined is not None:
         read[[row[defined].strip() == "0" for row in table.rows]] = torch.nan
     _check_positions(path, read)
+    radii = None if table.radius is None else torch.tensor([_radius(path, table, row) for row in table.rows]).double()
+    named = next((name for name in table.names if name.strip().lower() in NAMES), None)
 
-    def save(target: Path, world: Tensor, residuals: Tensor, status: Sequence[str]) -> None:
+    def save(
+        target: Path,
+        world: Tensor,
+        residuals: Tensor,
+        status: Sequence[str],
+        more: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         text = io.StringIO()
-        names = [*(name for name in table.names if name not in NOTES), *NOTES]
+        more = more or {}
+        names = [*(name for name in table.names if name not in (*NOTES, *more)), *NOTES, *more]
         writer = csv.DictWriter(text, names, extrasaction="ignore", delimiter=table.delimiter)
         writer.writeheader()
-        for row, point, residual, state in zip(table.rows, world * axes, residuals, status, strict=True):
+        rows = zip(table.rows, world * axes, residuals, status, strict=True)
+        for number, (row, point, residual, state) in enumerate(rows):
             cells = [_written(value, table.comma) for value in (*point, residual)]
             moved = dict(zip((*table.axes, *NOTES), (*cells, state), strict=True))
             if defined is not None and point.isnan().any():
                 moved[defined] = "0"
+            told = {name: values[number] for name, values in more.items()}
+            moved |= {k: v if isinstance(v, str) else _written(torch.tensor(v), table.comma) for k, v in told.items()}
             writer.writerow(row | moved)
         with written_whole(target, "wb") as file:
             file.write((table.first + text.getvalue()).encode(table.encoding))
 
-    return Points(read * axes, save)
+    names = [row[named] for row in table.rows] if named is not None else ()
+    return Points(read * axes, save, radii=radii, names=names)
 
 
 def read_fcsv(path: str, coordinates: str | None) -> Points:
@@ -187,8 +210,10 @@ def _parse(path: str) -> Table:
         header = header[:-1]
     rows = [dict(zip(header, [*cells, *[""] * len(header)], strict=False)) for cells in lines[1:]]
     axes, system = found
-    comma = _has_decimal_comma(path, [row[name].strip() for row in rows for name in axes], delimiter)
-    return Table(header, rows, axes, system, delimiter, comma, encoding, first)
+    radius = next((name for name in header if UNIT.sub("", name.strip().lower()) == "radius"), None)
+    numbers = [*axes, *([radius] if radius is not None else [])]
+    comma = _has_decimal_comma(path, [row[name].strip() for row in rows for name in numbers], delimiter)
+    return Table(header, rows, axes, system, delimiter, comma, encoding, first, radius)
 
 
 def _axes_among(path: str, header: Sequence[str]) -> tuple[list[str], str | None] | None:
@@ -235,6 +260,18 @@ def _position(path: str, table: Table, row: dict[str, str]) -> list[float]:
     if not np.isfinite(position).all():
         raise InputError(f"{path}: a coordinate is no number: {', '.join(map(repr, cells))}")
     return position
+
+
+def _radius(path: str, table: Table, row: dict[str, str]) -> float:
+    """The radius of a row, mm; NaN of an empty cell."""
+    cell = row.get(table.radius, "").strip()
+    try:
+        radius = float(cell.replace(",", ".") if table.comma else cell) if cell else np.nan
+    except ValueError:
+        radius = 0.0
+    if not (np.isnan(radius) and not cell or 0 < radius < np.inf):
+        raise InputError(f"{path}: a radius is no number above 0: {cell!r}")
+    return radius
 
 
 def _check_positions(path: str, read: Tensor) -> None:

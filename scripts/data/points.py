@@ -1,4 +1,4 @@
-"""Files of points in mm: 3D Slicer's .mrk.json and .fcsv, which say where their axes point, and tables."""
+"""Files of points in mm: 3D Slicer's .mrk.json and .fcsv, which say where their axes point, tables, and surfaces."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from torch import Tensor
 
 from scripts.data.checks import InputError
 from scripts.data.files import written_whole
+from scripts.data.meshes import SUFFIXES, read_surface, write_surface
 from scripts.data.point_tables import SLICER, Points, read_fcsv, read_table, sign
 
 KINDS = {".json": ".mrk.json", ".fcsv": ".fcsv", ".csv": ".csv", ".tsv": ".tsv"}  # end of a name -> of a result's
+KINDS |= {suffix: suffix for suffix in SUFFIXES}
 POINTS = ("Fiducial", "Line", "Angle", "Curve", "ClosedCurve")  # markups that are their control points and no more
 
 
@@ -24,23 +26,45 @@ def kind_of(path: str) -> str | None:
 
 
 def read_points(path: str, coordinates: str | None) -> Points:
-    """The points of a table (.csv, .tsv), or of a .mrk.json or .fcsv file of 3D Slicer.
+    """The points of a table (.csv, .tsv), of a .mrk.json or .fcsv file of 3D Slicer, or of a surface its vertices.
 
     Args:
-        coordinates: "RAS" or "LPS", which columns x, y, z cannot say; other files say it themselves.
+        coordinates: "RAS" or "LPS", which columns x, y, z cannot say; other files say it themselves, and surfaces
+            are LPS if they do not.
 
     Raises:
-        InputError: no such file, or none of these; no coordinate system, or two; markups that are more than points.
+        InputError: no such file, or none of these; no coordinate system, or two; markups that are more than points;
+            see `scripts.data.meshes.read_surface`.
     """
     if coordinates not in (None, "RAS", "LPS"):
         raise InputError(f"coordinates {coordinates}: expected RAS or LPS")
     if not Path(path).is_file():
         raise InputError(f"{path}: points file not found")
     readers = {".mrk.json": _read_markups, ".fcsv": read_fcsv, ".csv": read_table, ".tsv": read_table}
+    readers |= dict.fromkeys(SUFFIXES, _read_vertices)
     kind = kind_of(path)
     if kind is None:
-        raise InputError(f"{path}: expected points as .csv with x, y, z in mm, or .mrk.json or .fcsv of 3D Slicer")
+        raise InputError(
+            f"{path}: expected points as .csv with x, y, z in mm, .mrk.json or .fcsv of 3D Slicer, or a"
+            " surface as .stl, .obj, .ply or .vtp"
+        )
     return readers[kind](path, coordinates)
+
+
+def _read_vertices(path: str, coordinates: str | None) -> Points:
+    surface = read_surface(path, coordinates)
+
+    def save(target: Path, world: Tensor, residuals: Tensor, status: Sequence[str]) -> None:
+        lost = {state: status.count(state) for state in status if state != "ok"}
+        if lost:
+            named = ", ".join(f"{count} {state}" for state, count in lost.items())
+            raise InputError(
+                f"{path}: {sum(lost.values())} of {len(status)} vertices have no place in the other image ({named});"
+                " nothing is written, because a surface with holes shows a smaller target; take its label map"
+            )
+        write_surface(target, surface._replace(vertices=world.numpy()))
+
+    return Points(torch.from_numpy(surface.vertices), save, what="vertices")
 
 
 def _read_markups(path: str, coordinates: str | None) -> Points:

@@ -223,7 +223,7 @@ def covers(size: Sequence[int], affine: Tensor, points: Tensor) -> Tensor:
     return ((voxels >= -0.5) & (voxels <= last)).all(1, keepdim=True)
 
 
-def _gradient(displacement: Tensor, affine: Tensor, points: Tensor) -> Tensor:
+def gradient(displacement: Tensor, affine: Tensor, points: Tensor) -> Tensor:
     """∂(x + u(x))/∂x at world points (1, 3, N, 1, 1) by central differences over one voxel: shape (N, 3, 3)."""
     halves = affine[:3, :3].T.reshape(3, 3, 1, 1, 1) / 2  # of each axis of the grid, in mm
     ends = [displaced(displacement, affine, points + side * half) for half in halves for side in (1, -1)]
@@ -263,13 +263,13 @@ def inverse(
         if not len(going):
             break
         at, error, step = x[:, :, going], off[:, :, going], length[:, :, going]
-        newton = torch.linalg.pinv(_gradient(displacement, affine, at)) @ error[0, :, :, 0, 0].T[..., None]
+        newton = torch.linalg.pinv(gradient(displacement, affine, at)) @ error[0, :, :, 0, 0].T[..., None]
         tried = at - step * newton[..., 0].T[None, :, :, None, None]
         after = displaced(displacement, affine, tried) - points[:, :, going]
         better = after.norm(dim=1, keepdim=True) < error.norm(dim=1, keepdim=True)
         x[:, :, going], off[:, :, going] = torch.where(better, tried, at), torch.where(better, after, error)
         length[:, :, going] = torch.where(better, (2 * step).clamp_max(1), step / 2)
-    return x, off.norm(dim=1).flatten(), torch.linalg.det(_gradient(displacement, affine, x))
+    return x, off.norm(dim=1).flatten(), torch.linalg.det(gradient(displacement, affine, x))
 
 
 def world_displacement(

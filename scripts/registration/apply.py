@@ -7,6 +7,7 @@ in the order a fixed point goes through them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,50 +22,25 @@ from tqdm import tqdm
 from scripts.data import checks
 from scripts.data.checks import InputError
 from scripts.data.datalist import image_files
-from scripts.data.dicom.reader import holds_slices
+from scripts.data.dicom.reader import holds_slices, is_segmentation, read_headers
+from scripts.data.dicom.registration import read_series
+from scripts.data.dicom.segmentation_out import check_reference, save_segmentation, segments
 from scripts.data.files import readable, written_together
 from scripts.data.formats import Displacement, Step, forward, read_transform
 from scripts.data.kept import refuse_overlap
 from scripts.data.labels import load_maps
-from scripts.data.points import kind_of, read_points
 from scripts.data.volumes import load_volume, save_volume
 from scripts.network import fields
+from scripts.registration.apply_points import apply_to_points, backward
 from scripts.registration.outputs import NOTICE
 
 INTERPOLATIONS = ("linear", "cubic", "nearest")
-MAX_RESIDUAL = 0.1  # mm; a point whose inverse misses by more is not written
-OUTSIDE, FOLDS = "outside the field", "the field folds here"
+ASKED = 20_000  # voxels of a segment that are asked whether they have a place in the other image
 
 
 def compose(paths: Sequence[str | Path]) -> list[Step]:
     """The steps of several transform files, named in the order in which the moving image goes through them."""
     return [step for path in reversed(paths) for step in read_transform(readable(path))]
-
-
-def backward(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor, list[str]]:
-    """Moving points to fixed points, by the inverse.
-
-    Args:
-        points: shape (1, 3, N, 1, 1), float64, RAS mm.
-
-    Returns:
-        The same shape; the distance in mm between each point and where the transform takes its result, shape (N,); and
-        what is wrong with each, "ok" if nothing is.
-    """
-    found, folded = points, torch.zeros(points.shape[2], dtype=torch.bool)
-    for step in reversed(steps):
-        if isinstance(step, Displacement):
-            found, _, jacobian = fields.inverse(step.field[None], step.affine, found)
-            folded |= jacobian <= 0
-        else:
-            found = fields.transform_points(torch.linalg.inv(step), found)
-    again, known = forward(steps, found)
-    residual = (again - points).norm(dim=1).flatten()
-    status = []
-    for far, inside, folds in zip(residual.tolist(), known.flatten().tolist(), folded.tolist(), strict=True):
-        missed = f"no inverse: off by {far:.2f} mm" if far > MAX_RESIDUAL else "ok"
-        status.append(OUTSIDE if not inside else FOLDS if folds else missed)
-    return found, residual, status
 
 
 def warp(
@@ -182,9 +158,14 @@ def apply_to_images(
     Raises:
         InputError: a file that cannot be used; of a folder, after the others are done.
     """
+    as_segmentation = output.lower().endswith(".dcm")
+    if as_segmentation:
+        if not (label and Path(moving).exists() and is_segmentation(moving)):
+            raise InputError(f"{output}: .dcm is for a DICOM segmentation as --moving, with --label True; else .nii.gz")
+        check_reference(moving, reference)
     affine, size = grid_of(steps, reference)
 
-    def one(source: str | Path, target: Path) -> None:
+    def one(source: str | Path, target: Path, said: bool = False) -> None:
         load = load_maps if label else load_volume
         volume = load(str(source), moving_spacing, moving_series, "moving")
         checks.check_finite(source, volume.numpy())
@@ -193,14 +174,22 @@ def apply_to_images(
         else:
             warped = warp(steps, volume, affine, size, interpolation).movedim(0, -1).numpy()
             warped = warped[..., 0] if len(volume) == 1 else warped
-        with written_together(target.parent) as partial:
-            save_volume(partial / target.name, warped, affine.numpy(), dtype=warped.dtype.type)
+        with written_together(target.parent) as folder:
+            if as_segmentation:
+                if not warped.any():
+                    raise InputError(f"{source}: no segment reaches the fixed grid; is it of the moving image?")
+                parts = warped if warped.ndim == 4 else warped[..., None]
+                save_segmentation(folder / target.name, parts, affine.numpy(), source, reference)
+            else:
+                save_volume(folder / target.name, warped, affine.numpy(), dtype=warped.dtype.type)
+        if label and said:
+            _say_labels(steps, source, volume, warped, affine)
 
     files = image_files(Path(moving)) if Path(moving).is_dir() and not holds_slices(moving) else {}
     if not files:  # one file, or a folder with one DICOM series
-        if not output.lower().endswith((".nii", ".nii.gz")):
+        if not output.lower().endswith((".nii", ".nii.gz", ".dcm")):
             raise InputError(f"{output}: the image is written as NIfTI; choose a name that ends in .nii.gz")
-        one(moving, Path(output))
+        one(moving, Path(output), said=True)
         print(f"{output}: {moving} on the fixed grid, {' × '.join(map(str, size))} voxels")
         return
     targets = {case: Path(output) / f"{case}.nii.gz" for case in files}
@@ -218,41 +207,58 @@ def apply_to_images(
         raise InputError(f"{len(refused)} of {len(files)} images refused, the others are written; first {refused[0]}")
 
 
-def apply_to_points(steps: Sequence[Step], points: str, points_from: str, coordinates: str | None, output: str) -> None:
-    """Take the points of a file to the other image and write them as a file of the same kind; see the `apply` verb."""
-    found = read_points(points, coordinates)
-    kind = kind_of(points)
-    if not output.lower().endswith(kind):
-        raise InputError(f"{output}: the points of {points} are written as {kind}; choose a name that ends so")
-    there = ~found.world.isnan().any(dim=1)
-    points_in = found.world[there].T[None, :, :, None, None]
-    residuals, status = torch.full((len(found.world),), torch.nan, dtype=torch.float64), ["no position"] * len(there)
-    if points_from == "fixed":
-        moved, known = forward(steps, points_in)
-        states = ["ok" if inside else OUTSIDE for inside in known.flatten().tolist()]
-    else:
-        moved, residuals[there], states = backward(steps, points_in)
-    result = found.world.clone()
-    result[there] = moved[0, :, :, 0, 0].T
-    for index, state in zip(there.nonzero().flatten().tolist(), states, strict=True):
-        status[index] = state
-        if state != "ok":
-            result[index] = torch.nan
-    try:
-        found.save(Path(output), result, residuals, status)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror}") from error
-    there_too = "moving" if points_from == "fixed" else "fixed"
-    print(
-        f"{output}: {status.count('ok')} of {len(status)} points of the {points_from} image, in the {there_too} image"
-    )
-    if points_from == "moving" and there.any():
-        print(
-            f"residual of the inverse: {residuals[there].median():.2g} mm median, {residuals[there].max():.2g} mm most"
-        )
-    for index, state in enumerate(status):
-        if state != "ok":
-            print(f"CHECK: point {index + 1}: {state}; {found.lost}")
+def _say_labels(steps: Sequence[Step], path: str, moving: MetaTensor, warped: np.ndarray, affine: Tensor) -> None:
+    """Print the volume of each label before and after, and how much of it has no place in the other image.
+
+    Args:
+        path, moving: the labels' file, and what it holds, see `scripts.data.labels.load_maps`.
+        warped: of `warp_label`, on the grid of `affine`.
+    """
+    values = [1] * len(moving)
+    names = [f"label {number}" for number in range(1, len(moving) + 1)]
+    if is_segmentation(path):
+        names = [str(segment.get("SegmentLabel", segment.SegmentNumber)) for segment in segments(path)]
+    elif len(moving) == 1:
+        values = [int(value) for value in moving.unique() if value]
+        names = [f"label {value}" for value in values]
+    voxel_ml = [grid[:3, :3].det().abs().item() / 1000 for grid in (moving.affine, affine)]
+    for number, (name, value) in enumerate(zip(names, values, strict=True)):
+        channel = number if len(moving) > 1 else 0
+        voxels = (moving[channel] == value).nonzero()
+        left = int(((warped[..., channel] if warped.ndim == 4 else warped) == value).sum())
+        lost = 0.0
+        if len(voxels):
+            every = voxels[:: math.ceil(len(voxels) / ASKED)].T[None, :, :, None, None].double()
+            status = backward(steps, fields.transform_points(moving.affine.double(), every))[2]
+            lost = 100 - 100 * status.count("ok") / len(status)
+        doubts = ["nothing of it is left"] if len(voxels) and not left else []
+        doubts += [f"{lost:.2g} % of it lies outside the field or in a fold"] if lost else []
+        doubt = f"; CHECK: {', '.join(doubts)}" if doubts else ""
+        print(f"{name}: {len(voxels) * voxel_ml[0]:.2f} ml, on the fixed grid {left * voxel_ml[1]:.2f} ml{doubt}")
+
+
+def apply_to_segmentations(
+    transform: Path, files: Sequence[Path], moving: Path, fixed: Path, folder: Path
+) -> list[Path]:
+    """Take DICOM segmentations of a moving series to the fixed one, as targets_1.dcm and so on in a folder.
+
+    One that does not lie in the moving series' frame of reference is left out, and named.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: any refusal of `apply`.
+    """
+    frame, written = read_series(moving)[0].FrameOfReferenceUID, []
+    for number, file in enumerate(files, start=1):
+        ((_, header),) = read_headers(file)
+        if header.get("FrameOfReferenceUID") != frame:
+            print(f"CHECK: {header.get('SeriesDescription', file)}: not in the moving image's frame, left out")
+            continue
+        written.append(folder / f"targets_{number}.dcm")
+        apply([str(transform)], str(written[-1]), moving=str(file), reference=str(fixed), label=True)
+    return written
 
 
 def apply(
@@ -278,7 +284,7 @@ def apply(
     refuse_overlap([*transforms, *(p for p in (moving, reference, points) if p is not None)], [output], "--output")
     steps = compose(transforms)
     if points is not None:
-        apply_to_points(steps, points, points_from, coordinates, output)
+        apply_to_points(steps, transforms, points, points_from, coordinates, output)
     else:
         files = (moving, reference, output)
         told = (label, interpolation or "linear", moving_spacing, moving_series)

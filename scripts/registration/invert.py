@@ -18,7 +18,8 @@ from scripts.data.formats import Step, save_displacement
 from scripts.data.kept import refuse_overlap
 from scripts.data.volumes import load_volume, save_volume
 from scripts.network import fields
-from scripts.registration.apply import backward, compose
+from scripts.registration.apply import compose
+from scripts.registration.apply_points import backward
 from scripts.registration.outputs import NOTICE
 
 AT_ONCE = 2**17  # points inverted at a time

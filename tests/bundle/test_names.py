@@ -13,6 +13,7 @@ import SimpleITK as sitk
 from scripts import __main__ as cli
 from scripts.bundle.workflow import run_config
 from scripts.data.datalist import RESULTS
+from scripts.data.meshes import Surface, write_surface
 
 CHEAP = {"initial_transform": "centre", "spacing": 4.0, "refine_steps": 0, "use_network": False, "weights": None}
 CHEAP |= {"glands": False}
@@ -58,6 +59,9 @@ def test_every_command_takes_names_as_they_are(place, images, typed):
     shutil.copy("fixed.nii.gz", fixed)
     out = f"{place}/{place} out"
     assert typed("register", *options(moving=moving, fixed=fixed, output_dir=out, **CHEAP))[0] == 0
+    told = options(moving=moving, fixed=fixed, output_dir=f"{place}/none", write_spread=True, **CHEAP)
+    code, said = typed("register", *told)
+    assert code == 1 and "write_spread: these weights are of no ensemble" in said
     left = set(os.listdir(out))
     assert {"ddf.nii.gz", "qc.json"} <= left <= set(RESULTS)
     assert json.loads(open(f"{out}/qc.json").read())["case"] == place
@@ -73,6 +77,11 @@ def test_every_command_takes_names_as_they_are(place, images, typed):
         file.write("x,y,z\n0,0,0\n")
     points = options(transform=chain, points=f"{place}/p.csv", points_from="fixed", coordinates="RAS")
     assert typed("apply", *points, "--output", f"{place}/q.csv")[0] == 0
+    image = sitk.ReadImage(fixed)
+    middle = image.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in image.GetSize()])
+    write_surface(f"{place}/{place}.stl", Surface(middle * np.array([-1, -1, 1]) + np.eye(3), np.array([[0, 1, 2]])))
+    points = options(transform=f"{out}/ddf.nii.gz", points=f"{place}/{place}.stl", points_from="fixed")
+    assert typed("apply", *points, "--output", f"{place}/on {place}.stl")[0] == 0
     assert typed("invert", *options(transform=chain, reference=moving, output=f"{place}/i.nii.gz"))[0] == 0
     np.save(f"{place}/s.npy", np.random.default_rng(0).integers(0, 255, (12, 20, 30)).astype(np.uint8))
     with open(f"{place}/1_0.csv", "w") as file:

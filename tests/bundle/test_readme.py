@@ -18,6 +18,7 @@ from pathlib import Path
 
 import monai.bundle
 import nibabel as nib
+import numpy as np
 import pytest
 import warm
 from conftest import QUICK, ROOT, TINY, flags
@@ -25,6 +26,7 @@ from torch.distributed.run import get_args_parser
 
 from scripts import __main__ as cli
 from scripts.data.formats import forward, read_transform
+from scripts.data.meshes import Surface, write_surface
 from scripts.network.fields import world_grid
 from scripts.study.plan import merged, overlays_of
 
@@ -42,6 +44,7 @@ ELSEWHERE = {  # how a command begins -> why it is not run here
     "torchrun": "tests/training/test_distributed.py",
     "python integrations/deploy/app.py": "tests/bundle/test_deploy.py, in an environment of its own",
     "python -m scripts register --moving MR_SERIES": "tests/data/test_dicom_registration.py",
+    "python -m scripts apply --transform out/ddf.nii.gz --moving seg.dcm": "tests/registration/test_targets.py",
     "python -m scripts learn": "tests/study/test_own_pairs.py",
     "python -m scripts register --moving mr.nii.gz --fixed trus.nii.gz --output_dir out --overlay learned": "likewise",
     "python -m scripts prepare": "tests/cohorts",
@@ -158,6 +161,12 @@ def bundle(cohort, tmp_path_factory):
     markup = {"type": "Fiducial", "coordinateSystem": "RAS", "coordinateUnits": "mm", "controlPoints": [point]}
     (folder / "targets.mrk.json").write_text(json.dumps({"markups": [markup]}))
     (folder / "seeds.csv").write_text("x,y,z\n" + ",".join(map(str, middles[1])) + "\n")  # LPS
+    (folder / "spheres.csv").write_text(
+        "name,x,y,z,radius\nT," + ",".join(map(str, [-middles[0][0], -middles[0][1], middles[0][2], 5])) + "\n"
+    )
+    corners = np.array(middles[0]) + 4 * np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    faces = np.array([[0, 1, 2], [0, 3, 1], [0, 2, 3], [1, 3, 2]])
+    write_surface(folder / "lesion.stl", Surface(corners, faces))
     return folder
 
 
@@ -184,7 +193,15 @@ def test_the_commands_run(bundle):
     left = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
     wanted = {"out/ddf.nii.gz", "out/overview.png", "out/qc.json", "runs/train/model.pt"}
     wanted |= {"runs/segmentation/segmentation.pt", "gland.nii.gz"}
-    wanted |= {"eval/cases.csv", "mr_on_trus.nii.gz", "zones_on_trus.nii.gz", "on_trus.mrk.json", "on_mr.csv"}
+    wanted |= {
+        "lesion_on_trus.stl",
+        "spheres_on_trus.csv",
+        "eval/cases.csv",
+        "mr_on_trus.nii.gz",
+        "zones_on_trus.nii.gz",
+        "on_trus.mrk.json",
+        "on_mr.csv",
+    }
     assert wanted <= left and len(done) >= 10
 
 

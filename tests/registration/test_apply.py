@@ -15,7 +15,8 @@ from synthetic import GRIDS, SIZE, affine_of, moving_affine, moving_image, movin
 from scripts.data.checks import InputError
 from scripts.data.formats import Displacement, forward, save_displacement
 from scripts.network import fields
-from scripts.registration.apply import apply, backward, compose
+from scripts.registration.apply import apply, compose
+from scripts.registration.apply_points import backward
 
 LPS = np.array([-1.0, -1.0, 1.0])
 

@@ -64,3 +64,4 @@ def test_the_spread_is_that_over_the_gland(tmp_path):
     with torch.no_grad():
         together(image)
     assert together.spread == pytest.approx([0, 2])
+    assert together.apart[0, ..., :4].max() == 0 and together.apart[0, ..., 4:].min() == pytest.approx(2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, flags, run
+from monai.data import MetaTensor
 
 from scripts.data.checks import InputError, sha256
 from scripts.data.formats import forward, read_transform
@@ -16,6 +17,7 @@ from scripts.phantoms.phantom import simulate_pair, write_cohort
 from scripts.registration.qc import MEANINGS, border_brightness
 from scripts.registration.qc import flags as flags_of
 from scripts.registration.segmentation import agreement, cut_percent
+from scripts.registration.targets import sampled
 
 SCHEMA = json.loads((ROOT / "configs" / "qc_schema.json").read_text("utf-8"))
 LIMITS = json.loads((ROOT / "configs" / "inference.json").read_text("utf-8"))["limits"]
@@ -102,7 +104,7 @@ def registered(folder, pair, **settings):
 def plain(pair, tmp_path_factory):
     """The folder of the pair registered by the defaults, its record and what was said."""
     folder = tmp_path_factory.mktemp("plain") / "out"
-    return folder, *registered(folder, pair)
+    return folder, *registered(folder, pair, write_glands=True, write_spread=True)
 
 
 def test_the_record_of_a_good_pair_is_as_the_schema_says_and_without_flags(plain):
@@ -111,6 +113,16 @@ def test_the_record_of_a_good_pair_is_as_the_schema_says_and_without_flags(plain
     assert record["limits"] == LIMITS
     assert 0 < record["spread_mm"] < 5 and record["inverse_consistency_mm"] is None
     assert record["version"] in (ROOT / "CHANGELOG.md").read_text("utf-8")
+
+
+def test_the_spread_at_each_voxel_of_the_field_is_on_average_over_the_gland_that_of_the_record(plain):
+    folder, record, _ = plain
+    spread, field = nib.load(folder / "spread.nii.gz"), nib.load(folder / "ddf.nii.gz")
+    assert spread.shape == field.shape[:3] and np.array_equal(spread.affine, field.affine)
+    gland = nib.load(folder / "fixed_gland.nii.gz")
+    inside = np.argwhere(np.asarray(gland.dataobj)) @ gland.affine[:3, :3].T + gland.affine[:3, 3]
+    there = sampled(MetaTensor(spread.get_fdata()[None], affine=spread.affine), torch.from_numpy(inside))
+    assert there.mean().item() == pytest.approx(record["spread_mm"], rel=0.1)
 
 
 def test_the_record_names_the_ddf_network_only_when_it_took_part_and_a_limit_of_one_s_own_flags_aloud(

@@ -53,7 +53,7 @@ def read_series(path: str | Path) -> list[Any]:
         found = {str(header.get(name, "")) for header in headers}
         if len(found) > 1 or not all(found):
             count = len(found) if all(found) else "no"
-            raise InputError(f"{path}: {count} {name} in its files; format dicom needs exactly one")
+            raise InputError(f"{path}: {count} {name} in its files; a DICOM result needs exactly one")
     return headers
 
 

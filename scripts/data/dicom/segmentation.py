@@ -77,7 +77,7 @@ def own_grid(path: str | Path, frames: Sequence[Frame]) -> tuple[tuple[int, int,
     lps = np.column_stack([*(first.axes * pixel_size(first)[:, None]), first.normal * step, first.position])
     affine = np.eye(4)
     affine[:3] = FLIP.numpy()[:, None] * lps
-    return (*first.shape, int(round(np.ptp(along) / step)) + 1), affine
+    return (*first.shape, max(2, int(round(np.ptp(along) / step)) + 1)), affine  # a volume, of a single plane too
 
 
 def place(path: str | Path, channel: np.ndarray, affine: np.ndarray, frame: Frame, mask: np.ndarray) -> None:
