@@ -14,6 +14,7 @@ from scripts.data.checks import InputError, sha256
 from scripts.data.formats import forward, read_transform
 from scripts.network.fields import world_grid
 from scripts.phantoms.phantom import simulate_pair, write_cohort
+from scripts.registration.precision import computes_bfloat16
 from scripts.registration.qc import MEANINGS, border_brightness
 from scripts.registration.qc import flags as flags_of
 from scripts.registration.segmentation import agreement, cut_percent
@@ -132,7 +133,7 @@ def test_the_record_names_the_ddf_network_only_when_it_took_part_and_a_limit_of_
     record, said = registered(tmp_path / "out", pair, use_network=False, **{"limits#blur": "[None, 0.01]"})
     hashes = [found["weights_sha256"] for found in (before, record)]
     assert hashes == [sha256(str(ROOT / "models" / "second_stage.pt")), None]
-    assert before["precision"] == "float32"
+    assert before["precision"] == ("bfloat16" if computes_bfloat16(torch.device("cpu")) else "float32")
     assert 0 < record["inverse_consistency_mm"] < 5 and record["spread_mm"] is None  # the refinement took part
     assert len({(folder / "ddf.nii.gz").read_bytes() for folder in (without, tmp_path / "out")}) == 2
     assert all(len(found["segmentation_weights_sha256"]) == 2 for found in (before, record))
