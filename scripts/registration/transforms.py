@@ -189,7 +189,7 @@ class OntoFixedGridd(PlanFixedGridd):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d = super().__call__(data)
         size = d.pop("grid_size")
-        d |= {f"original_{key}": d[key] for key in GLANDS if key in d}
+        d |= {f"original_{key}": data[key] for key in GLANDS if key in d}
         for key in [k for k in (*KEYS, *GLANDS) if k in d]:
             padding = "border" if key in IMAGES else "outside"
             volume = d[key].as_tensor()[None].double()
