@@ -50,13 +50,45 @@ def register(
             the list that the refusal shows, or by elements, for example EchoTime=100; --moving_axes and --fixed_axes,
             where the three voxel axes run to if a header does not tell the truth, for example LPS: the files that are
             written stay in the worlds of the headers. --write_glands True writes moving_gland.nii.gz and
-            fixed_gland.nii.gz, the glands found, each on its image's grid.
+            fixed_gland.nii.gz, the glands found, each on its image's grid. --view True writes these and view.html, a
+            page to look through the registration, see the verb view; it needs requirements-view.txt.
     """
     from scripts.bundle.workflow import register
 
     if initial_transform is not None:
         settings["initial_transform"] = initial_transform
     register(moving, fixed, output_dir, moving_labels, fixed_labels, overlay, **settings)
+
+
+def view(
+    output_dir: str,
+    fixed: str | None = None,
+    moving: str | None = None,
+    points: str | None = None,
+    points_from: str | None = None,
+    coordinates: str | None = None,
+) -> None:
+    """Write a page to look through a registration, for any browser, without network; needs requirements-view.txt.
+
+    Example:
+        python -m scripts view out
+        python -m scripts view out --points targets.mrk.json --points_from moving
+
+    Writes view.html into the folder of a registration, one file: TRUS and MR, registered or as it came, in three linked
+    planes, to scroll, zoom and blink; outlines of the glands found, if register kept them (--view True or
+    --write_glands True), and of labels; targets to jump to; the deformation; and the figures and flags of qc.json.
+    Research use only.
+
+    Args:
+        output_dir: the --output_dir of a registration.
+        fixed, moving: where the images are now, if they are not where they were.
+        points: targets, a file of points as for apply.
+        points_from: the image they were marked in, "fixed" or "moving".
+        coordinates: of columns x, y, z, "RAS" or "LPS".
+    """
+    from scripts.registration.view import view
+
+    print(view(output_dir, fixed, moving, points, points_from, coordinates))
 
 
 def segment(
@@ -476,7 +508,7 @@ def check_config(path: str) -> None:
 
 def main() -> None:
     words = sys.argv[1:]
-    verbs = (register, segment, apply, invert, check, learn, crossval, report, phantom, sweep, demo)
+    verbs = (register, view, segment, apply, invert, check, learn, crossval, report, phantom, sweep, demo)
     verbs += (release, check_config)
     named = {verb.__name__: verb for verb in verbs}
     try:

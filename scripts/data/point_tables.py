@@ -37,11 +37,13 @@ class Points(NamedTuple):
         world: shape (N, 3), float64, RAS mm; NaN where the file has none.
         save: writes a file of the same kind with other positions, residuals in mm (NaN: none) and a status each.
         lost: what becomes of a point without a position in such a file.
+        names: of the points, where a file of 3D Slicer has them.
     """
 
     world: Tensor
     save: Callable[[Path, Tensor, Tensor, Sequence[str]], None]
     lost: str = "written without a position"
+    names: Sequence[str] = ()
 
 
 class Table(NamedTuple):
@@ -146,7 +148,8 @@ def read_fcsv(path: str, coordinates: str | None) -> Points:
         with written_whole(target, "wb") as file:
             file.write(written.getvalue().encode(encoding))
 
-    return Points(read * axes, save, lost="left out, because a .fcsv has no points without a position")
+    labels = [row.get("label") or f"point {k + 1}" for k, row in enumerate(rows)]
+    return Points(read * axes, save, "left out, because a .fcsv has no points without a position", labels)
 
 
 def _text(path: str) -> tuple[str, str]:

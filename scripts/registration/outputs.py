@@ -32,6 +32,7 @@ from scripts.registration.transforms import as_headers_say, to_original_grid
 LABEL = "warped_moving_label.nii.gz"
 DRAWN = 2_500_000  # voxels of the volumes that a picture is drawn of: its panels have 260 pixels
 GLANDS = ("moving_gland.nii.gz", "fixed_gland.nii.gz")
+PAGE = "view.html"  # which `scripts.registration.view` writes
 NOTICE = "Research use only. Not for clinical decisions."
 
 
@@ -69,11 +70,11 @@ def save_overview(path: Path, item: Mapping[str, Any], moved: Tensor, record: Ma
     if found:
         glands = {name: gland[0].numpy() for name, gland in glands_found(item, affine, size).items()}
         glands["gland_before"] = before(item["original_moving_gland"])
-    facts = [qc.motion(record).removesuffix("."), f"folded voxels {record['folded_percent']:.2f} %"]
-    if record.get("tre_mm") is not None:
-        facts.insert(0, f"TRE {record['tre_mm']:.1f} mm ({record['tre_before_mm']:.1f} after the initial transform)")
+    facts = [qc.motion(record), f"folded voxels {record['folded_percent']:.2f} %"]
     if record.get("gland_dsc") is not None:
-        facts.insert(0, f"gland DSC {record['gland_dsc']:.2f} ({record['gland_dsc_before']:.2f})")
+        facts.append(f"gland DSC {record['gland_dsc_before']:.2f} → {record['gland_dsc']:.2f} by the deformation")
+    if record.get("tre_mm") is not None:
+        facts.append(f"TRE {record['tre_before_mm']:.1f} → {record['tre_mm']:.1f} mm")
     flags = [f"CHECK: {flag.split(' (')[0]}" for flag in record["flags"]]  # two fit; their figures are in the record
     facts[:0] = flags if len(flags) < 3 else [f"CHECK: {len(flags)} flags in qc.json", *flags[:1]]
     figures.overview(
@@ -99,7 +100,7 @@ def drawn_every(size: Sequence[int]) -> list[int]:
 
 
 def glands_found(item: Mapping[str, Any], affine: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
-    """The glands in the network's input, registered, on a grid of the fixed world, for `figures.overview`, (1, X, Y, Z)."""
+    """The glands in the network's input on a grid of the fixed world, the moving one registered, (1, X, Y, Z)."""
     image, ddf = (torch.as_tensor(item[key])[None].cpu().float() for key in ("image", "pred"))
     moving, fixed = image[:, 2:3], image[:, 3:4]
     on_grid = torch.cat([fixed, fields.warp(moving, ddf)], dim=1)
@@ -145,7 +146,9 @@ def save_registration(
     Raises:
         InputError: the folder cannot be written.
     """
-    with written_together(folder, stale={LABEL, *GLANDS, formats.WARPED_SERIES, *formats.FILES.values()}) as partial:
+    with written_together(
+        folder, stale={LABEL, *GLANDS, PAGE, formats.WARPED_SERIES, *formats.FILES.values()}
+    ) as partial:
         told = as_headers_say(item)
         affine = told["original_fixed_image"].affine.numpy()
         save_volume(

@@ -68,16 +68,28 @@ def moved_from_centres(item: Mapping[str, Any]) -> Tensor:
     return (moved - centred[:3, 3]).norm()
 
 
+def in_gland(item: Mapping[str, Any], length: Tensor, x: Tensor) -> float:
+    """The largest of lengths (1, 1, X, Y, Z) at world points x within the fixed gland, found or labelled; else NaN."""
+    gland = next((item[key] for key in ("original_fixed_gland", "original_fixed_label") if key in item), None)
+    if gland is None:
+        return math.nan
+    voxels = fields.transform_points(torch.linalg.inv(gland.affine.double().cpu()), x)
+    there = fields.sample(gland.as_tensor()[None, :1].cpu().double(), voxels, padding_mode="outside") > 0.5
+    return length[there].max().item() if there.any() else math.nan
+
+
 def motion(record: Mapping[str, Any]) -> str:
-    """What moved how far, in a sentence, of the figures of a QC record; "" for one without them, of before 0.5."""
+    """What moved how far, in words, of the figures of a QC record; "" for one of before, without them."""
     if "translation_mm" not in record:
         return ""
-    said = [f"moved by {record['translation_mm']:.1f} mm from where the images' centres coincide"]
+    said = [f"MR moved by {record['translation_mm']:.1f} mm from aligned centres"]
     if record.get("initial_matrix"):
         stretch = 1 / torch.linalg.svdvals(torch.tensor(record["initial_matrix"], dtype=torch.float64)[:3, :3])
-        said.append(f"stretched by factors of {stretch.min():.2f} to {stretch.max():.2f}")
-    said.append(f"then deformed by up to {record['max_displacement_mm']:.1f} mm")
-    return f"The MR is {', '.join(said)}."
+        said.append(f"stretched by {stretch.min():.2f} to {stretch.max():.2f}")
+    deformed = f"deformed by up to {record['max_displacement_mm']:.1f} mm"
+    if record.get("gland_displacement_mm") is not None:
+        deformed += f", in the gland {record['gland_displacement_mm']:.1f} mm"
+    return ", ".join([*said, deformed])
 
 
 def border_brightness(image: Tensor) -> float:
@@ -125,6 +137,7 @@ def quality(
         "initial_stretch_max": item["initial_stretch"].max().item(),
         "border_difference": borders[0] - borders[1],
         "translation_mm": moved_from_centres(item).item(),
+        "gland_displacement_mm": in_gland(item, moved.norm(dim=1, keepdim=True), x),
     }
     for name in ("inverse_consistency", "spread"):
         doubt = (doubts or {}).get(name)
