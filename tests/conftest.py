@@ -27,7 +27,7 @@ ITK = "pairwise names slicer register formats transforms dicom checks other_tool
 LONG = (
     "own_pairs bundle report readme weights release distributed hostile figures phantom segmentation faults qc".split()
 )
-LONG += "labels_gone demo networks cohort".split()
+LONG += "labels_gone demo networks cohort view".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

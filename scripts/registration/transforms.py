@@ -164,7 +164,7 @@ def as_headers_say(item: Mapping[Hashable, MetaTensor]) -> dict:
     for side in ("moving", "fixed"):
         for key in (k for k in (f"original_{side}_image", f"original_{side}_label") if k in item):
             header = item.get(f"{side}_header", item[key].affine)
-            result[key] = MetaTensor(torch.as_tensor(item[key]), affine=torch.as_tensor(header).cpu())
+            result[key] = MetaTensor(item[key].as_tensor(), affine=torch.as_tensor(header).cpu())
     return result
 
 

@@ -49,13 +49,26 @@ function show() {
 }
 
 function press(button, on) { button.setAttribute("aria-pressed", on ? "true" : "false"); }
-function set(change) { Object.assign(state, change); show(); }
-function flip() { set({ mode: state.mode === "mr" ? "trus" : "mr" }); }
+
+function set(change) {
+  if (change.mode) still();
+  Object.assign(state, change);
+  show();
+}
+
+function other() { return { mode: state.mode === "mr" ? "trus" : "mr" }; }
+function flip() { set(other()); }
+
+function still() {
+  clearInterval(state.blink);
+  state.blink = 0;
+  press($("blink"), false);
+}
 
 function blink() {
-  clearInterval(state.blink);
-  state.blink = state.blink ? 0 : setInterval(flip, 700);
-  press($("blink"), state.blink > 0);
+  if (state.blink) return still();
+  state.blink = setInterval(() => { Object.assign(state, other()); show(); }, 700);
+  press($("blink"), true);
 }
 
 function fitted() { // the stage is as tall as what is shown across its width
@@ -346,7 +359,6 @@ async function start() {
   masks = await Promise.all(data.masks.map(async (one) => ({ ...one, values: await unpacked(one.values) })));
   field = data.field && (await unpacked(data.field.values, Int16Array));
   board = boardOf();
-  performance.mark("unpacked");
   const CROSSHAIR = 8, PAN = 3, NEVER = 0;
   nv = new globalThis.Niivue({
     backColor: [0.063, 0.078, 0.094, 1], crosshairColor: [1, 1, 1, 0.6], crosshairWidth: 0.3, crosshairWidthUnit: "mm", crosshairGap: 4,

@@ -51,6 +51,7 @@ from scripts.registration.transforms import as_declared
 VOXELS = 2_500_000  # of the page's grid
 LARGEST = 15_000_000  # bytes of a page; a larger one is made anew on a coarser grid
 NODE = 3.0  # mm between the nodes of the field that is drawn, about
+GLAND_CENTRE, LARGEST_DEFORMATION = "centre of the gland on TRUS", "largest deformation"
 PACKAGE, MISSING = "ipyniivue", "the viewer is not installed: pip install -r requirements-view.txt"
 SECURITY = (  # nothing is loaded from anywhere, and nothing runs but what was written here
     "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data: blob:; style-src {style};"
@@ -109,8 +110,10 @@ def view(
         )
     scripts = viewer()
     shown = read(Path(output_dir), fixed, moving)
-    inputs = [shown.pair["moving_file"], shown.pair["fixed_file"], *([points] if points else [])]
-    check_output(str(shown.folder), (), inputs, (PAGE,), case_folders=False)
+    files = {"case": shown.record["case"]} | {
+        f"{side}_image": shown.pair[f"{side}_file"] for side in ("moving", "fixed")
+    }
+    check_output(str(shown.folder), [files], [points], (PAGE,), case_folders=False)
     marked = [] if points is None else list(targets_of(shown, points, points_from, coordinates))
     voxels = VOXELS
     while len(page := written(shown, marked, voxels, scripts).encode()) > LARGEST and voxels > VOXELS / 100:
@@ -301,7 +304,8 @@ def written(shown: Shown, marked: Sequence[tuple[str, Tensor]], voxels: int, scr
     grey = {name: bytes_of(image, *ends["trus" if name == "fixed" else "mr"]) for name, image in grey.items()}
     masks = list(_masks(shown, affine, size, unmoved))
     field = _field(shown, affine, size)
-    targets = list(_targets(shown, masks, marked, affine, field))
+    remarks = list(shown.remarks)
+    targets = list(_targets(masks, marked, affine, size, field, remarks))
     spacing = affine[:3, :3].norm(dim=0).tolist()
     plain = nib.Nifti1Image(np.zeros(size, np.uint8), np.diag([*spacing, 1.0]))
     gland = next((target.voxel for target in targets if target.name == GLAND_CENTRE), None)
@@ -316,17 +320,13 @@ def written(shown: Shown, marked: Sequence[tuple[str, Tensor]], voxels: int, scr
         "field": field and field | {"values": packed(field["values"])},
         "targets": [target._asdict() for target in targets],
     }
-    own = fixed.shape[1:]
+    own = shown.pair["fixed_image"].shape[1:]
     drawn = f"{' × '.join(map(str, size))} voxels of {' × '.join(f'{mm:.2g}' for mm in spacing)} mm"
     if math.prod(size) < math.prod(own):
-        shown.remarks[:] = [r for r in shown.remarks if not r.startswith("The images are coarser")]
-        shown.remarks.append(
+        remarks.append(
             f"The images are coarser here than in the files: {drawn}, where the TRUS has {' × '.join(map(str, own))}."
         )
-    return _page(shown, data, windows, targets, field, scripts)
-
-
-GLAND_CENTRE, LARGEST_DEFORMATION = "centre of the gland on TRUS", "largest deformation"
+    return _page(shown, data, windows, remarks, scripts)
 
 
 def _masks(shown: Shown, affine: Tensor, size: list[int], unmoved: Any) -> Iterator[dict[str, Any]]:
@@ -382,16 +382,20 @@ def _field(shown: Shown, affine: Tensor, size: list[int]) -> dict[str, Any] | No
 
 
 def _targets(
-    shown: Shown, masks: list[dict], marked: Sequence[tuple[str, Tensor]], affine: Tensor, field: dict | None
+    masks: Sequence[Mapping[str, Any]],
+    marked: Sequence[tuple[str, Tensor]],
+    affine: Tensor,
+    size: Sequence[int],
+    field: Mapping[str, Any] | None,
+    remarks: list[str],
 ) -> Iterator[Target]:
     """The places that the page's list jumps to: points given, landmarks, the gland, the largest deformation."""
     for name, point in marked:
         voxel = (torch.linalg.inv(affine) @ torch.cat([point, torch.ones(1, dtype=torch.float64)]))[:3]
-        size = masks[0]["values"].shape if masks else None
-        if size is None or all(-0.5 <= v <= n - 0.5 for v, n in zip(voxel.tolist(), size, strict=True)):
+        if all(-0.5 <= v <= n - 0.5 for v, n in zip(voxel.tolist(), size, strict=True)):
             yield Target(name, voxel.tolist())
         else:
-            shown.remarks.append(f"{name} is not shown: it lies outside the TRUS.")
+            remarks.append(f"{name} is not shown: it lies outside the TRUS.")
 
     def centre(mask: dict) -> Tensor:
         return centroid(torch.from_numpy(mask["values"] / 255)[None, None], (1, 1, 1))[0]
@@ -423,8 +427,7 @@ def _page(
     shown: Shown,
     data: Mapping[str, Any],
     windows: Mapping[str, Sequence[int]],
-    targets: Sequence[Target],
-    field: Mapping[str, Any] | None,
+    remarks: Sequence[str],
     scripts: tuple[str, str],
 ) -> str:
     record, here = shown.record, Path(__file__)
@@ -432,7 +435,7 @@ def _page(
     style, script = (here.with_suffix(end).read_text(encoding="utf-8") for end in (".css", ".js"))
     parts = {"niivue": niivue, "script": script, "style": style}
     hashes = {name: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for name, text in parts.items()}
-    remarks = list(shown.remarks)
+    remarks, field = list(remarks), data["field"]
     labelled = any(key in shown.pair for key in LABELS)
     found = any(mask["kind"] == "glands" for mask in data["masks"])
     if not found:
@@ -443,8 +446,8 @@ def _page(
     picture = shown.folder / "overview.png"
     image = base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
     buttons = (
-        f'<li><button data-target="{number}">{number + 1}. {escape(target.name)}</button></li>'
-        for number, target in enumerate(targets)
+        f'<li><button data-target="{number}">{number + 1}. {escape(target["name"])}</button></li>'
+        for number, target in enumerate(data["targets"])
     )
     made = (
         f"prostate_mr_trus_registration {VERSION}; {PACKAGE} {importlib.metadata.version(PACKAGE)}, whose licence is:"

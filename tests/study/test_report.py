@@ -154,7 +154,9 @@ def test_the_page_needs_no_other_file_no_network_and_no_script(page):
     assert len(shown.images) == len(PICTURES) and all(i.startswith("data:image/png;base64,") for i in shown.images)
     cases = sorted(f"cases/{folder.name}/view.html" for folder in (page.parent / "cases").iterdir())
     assert shown.links[0] == "data:," and sorted(shown.links[1:]) == cases
-    assert all((page.parent / link).is_file() for link in cases) and not {"script", "iframe", "object"} & set(shown.tags)
+    assert all((page.parent / link).is_file() for link in cases) and not {"script", "iframe", "object"} & set(
+        shown.tags
+    )
     assert not re.search(r"url\(|@import|https?:", page.read_text())
 
 
