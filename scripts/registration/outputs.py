@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -175,10 +176,24 @@ def save_registration(
         record |= {"flags": qc.flags(record, limits or {}), "limits": dict(limits or {})}
         save_overview(partial / "overview.png", item, moved, record)
         known = {k: item[k] for k in ("case", "moving_file", "fixed_file")} | {"read_as": json.loads(item["read_as"])}
+        known["fingerprints"] = {side: fingerprint(item, side) for side in ("moving", "fixed")}
         record = {"notice": NOTICE} | known | record | dict(provenance)
         for name, written in (("qc.json", record), ("qa.json", renamed.former(record))):  # the latter until 0.6
             (partial / name).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return record["flags"]
+
+
+def fingerprint(item: Mapping[str, Any], side: str) -> str:
+    """SHA-256 of an image's voxels and of the affine that its header says: another image has another.
+
+    Args:
+        item: with `original_…_image`, or `…_image` as `scripts.data.pairs.LoadPaird` leaves it, and `…_header`.
+        side: "moving" or "fixed".
+    """
+    image = item[f"original_{side}_image"] if f"original_{side}_image" in item else item[f"{side}_image"]
+    affine = torch.as_tensor(item.get(f"{side}_header", image.affine)).cpu().numpy().astype("<f8")
+    voxels = image.as_tensor().cpu().numpy().astype("<f4")
+    return hashlib.sha256(affine.tobytes() + voxels.tobytes()).hexdigest()
 
 
 class SaveRegistrations:

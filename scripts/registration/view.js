@@ -163,9 +163,24 @@ function drawn() {
       glass.font = 12 * scale + "px system-ui, sans-serif";
       written(glass, String(number + 1), x + 1.4 * r, y - r, scale);
     }
+    hair(glass, place(...axes.map((k) => voxel()[k] * spacing[k])), [left, top, left + width, top + height], scale);
     letters(glass, axes, [left, top, width, height], scale);
     if (tile === nv.screenSlices[0]) bar(glass, left, top + height, width / Math.abs(tile.fovMM[0]), scale);
     glass.restore();
+  }
+}
+
+function hair(glass, [x, y], [left, top, right, bottom], scale) { // with a gap, so that what it points at is seen
+  const gap = 12 * scale;
+  for (const [colour, line] of [["#0008", 3], ["#fffb", 1]]) {
+    glass.strokeStyle = colour;
+    glass.lineWidth = line * scale;
+    glass.beginPath();
+    for (const [a, b, c, d] of [[left, y, x - gap, y], [x + gap, y, right, y], [x, top, x, y - gap], [x, y + gap, x, bottom]]) {
+      glass.moveTo(a, b);
+      glass.lineTo(c, d);
+    }
+    glass.stroke();
   }
 }
 
@@ -361,7 +376,7 @@ async function start() {
   board = boardOf();
   const CROSSHAIR = 8, PAN = 3, NEVER = 0;
   nv = new globalThis.Niivue({
-    backColor: [0.063, 0.078, 0.094, 1], crosshairColor: [1, 1, 1, 0.6], crosshairWidth: 0.3, crosshairWidthUnit: "mm", crosshairGap: 4,
+    backColor: [0.063, 0.078, 0.094, 1], crosshairWidth: 0, // the cross-hair is drawn here, a pixel wide at any zoom
     isRadiologicalConvention: true, sagittalNoseLeft: true, isOrientationTextVisible: false,
     multiplanarShowRender: NEVER, dragAndDropEnabled: false, loadingText: "",
     mouseEventConfig: { leftButton: { primary: CROSSHAIR, withShift: PAN }, rightButton: PAN, centerButton: PAN },
