@@ -93,6 +93,16 @@ def same_locale():
     locale.setlocale(locale.LC_ALL, LOCALE)
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, for `browser.Page`."""
+    from browser import SOFTWARE, started
+
+    driver = started(*SOFTWARE)
+    yield driver
+    driver.quit()
+
+
 @pytest.fixture
 def files(tmp_path) -> dict[str, str]:
     """A good pair on disk: 3 labels, moving and fixed on one grid."""
