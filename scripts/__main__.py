@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register, segment, apply, invert, check, learn, crossval, report, phantom and others.
+"""`python -m scripts VERB`: register, view, segment, apply, invert, check, learn, crossval, report, phantom and others.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """

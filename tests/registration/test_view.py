@@ -21,6 +21,7 @@ from scripts.network import fields
 from scripts.registration import view as module
 from scripts.registration.index import write_index
 from scripts.registration.view import LARGEST, view
+from scripts.registration.view_data import grid_of, on_grid
 
 HOSTILE = "<img src=x onerror=document.title='run'>&\"'$x`${1}`"
 CHEAP = {"initial_transform": "header", "spacing": 4.0, "refine_steps": 0, "use_network": False, "weights": None}
@@ -305,8 +306,8 @@ def test_what_is_shown_lies_where_it_lies_in_the_file_however_that_is_stored(axe
     world = fields.world_grid((20, 30, 12), torch.from_numpy(header))[0]
     slope = torch.tensor([0.3, -1.0, 0.6], dtype=torch.float64)
     image = MetaTensor(torch.einsum("i,ixyz->xyz", slope, world)[None].float(), affine=torch.from_numpy(header))
-    affine, size = module.grid_of(image, voxels)
+    affine, size = grid_of(image, voxels)
     assert np.prod(size) <= voxels and nib.aff2axcodes(affine.numpy()) == ("R", "A", "S")
     inside = (slice(None), *(slice(2, -2),) * 3)
     expected = torch.einsum("i,ixyz->xyz", slope, fields.world_grid(size, affine)[0])[None]
-    np.testing.assert_allclose(module.on_grid(image, affine, size)[inside], expected[inside], atol=0.01)
+    np.testing.assert_allclose(on_grid(image, affine, size)[inside], expected[inside], atol=0.01)
