@@ -190,12 +190,11 @@ def _rows(record: Mapping[str, Any]) -> Iterator[str]:
             continue
         limits = next((record["limits"][key] for key in (name, name.partition("_")[2]) if key in record["limits"]), [])
         ends = [f"{word} {limit:g}" for word, limit in zip(("≥", "≤"), limits, strict=False) if limit is not None]
-        flagged = any(f"({name} " in flag for flag in record["flags"])
-        meaning = qc.MEANINGS.get(name) or qc.MEANINGS.get(name.partition("_")[2]) if flagged else None
-        what = told[name].get("description", "") + (f". Beyond its limits: {meaning}" if meaning else "")
+        flag = next((flag for flag in record["flags"] if f"({name} " in flag), None)
+        what = told[name].get("description", "") + (f". Beyond its limits: {flag.split(' (')[0]}" if flag else "")
         side = {"moving": "MR, ", "fixed": "TRUS, "}.get(name.partition("_")[0], "")
         label = side + name.removeprefix("moving_").removeprefix("fixed_").replace("_", " ")
-        cells = (f"{value:.3g}" + " <b>CHECK</b>" * flagged, escape(" and ".join(ends)), escape(what))
-        rows.append((not flagged, f"<tr><th>{escape(label)}</th>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"))
+        cells = (f"{value:.3g}" + " <b>CHECK</b>" * bool(flag), escape(" and ".join(ends)), escape(what))
+        rows.append((not flag, f"<tr><th>{escape(label)}</th>{''.join(f'<td>{c}</td>' for c in cells)}</tr>"))
     for _, row in sorted(rows, key=lambda one: one[0]):
         yield row

@@ -17,7 +17,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Orientation
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from scripts.data.datalist import LABELS
@@ -31,6 +31,7 @@ from scripts.registration.reread import Reread, pulled
 from scripts.registration.segmentation import coarsened
 from scripts.registration.transforms import as_declared
 
+OUTLINE = 3.0  # mm around a gland's outline in which the distance to it is kept
 NODE = 3.0  # mm between the nodes of the field that is drawn, about
 GLAND_CENTRE, GLAND_LABEL, LARGEST_DEFORMATION = "centre of the gland on TRUS", "gland, by label", "largest deformation"
 
@@ -117,9 +118,22 @@ def on_grid(volume: MetaTensor, affine: Tensor, size: Sequence[int]) -> NDArray:
     return fields.resample(coarse.as_tensor()[None].float(), to_coarse, size, padding_mode="outside")[0].numpy()
 
 
-def smooth(mask: MetaTensor) -> MetaTensor:
-    """A binary mask (1, X, Y, Z) whose outline at 0.5 has no steps of voxels: a Gaussian of 0.7 voxels."""
-    return MetaTensor(torch.from_numpy(gaussian_filter(mask.numpy()[0], 0.7)[None]), affine=mask.affine)
+def rounded(mask: MetaTensor) -> MetaTensor:
+    """A binary mask (1, X, Y, Z) in [0, 1], 0.5 at its outline, that has no steps between thick slices.
+
+    Shape-based interpolation (Raya and Udupa 1990): what is interpolated is the distance to the outline in a slice.
+    """
+    inside, spacing = mask.numpy()[0] > 0.5, mask.affine[:3, :3].norm(dim=0).numpy().copy()
+    if not inside.any():
+        return mask
+    margins = np.ceil(OUTLINE / spacing).astype(int) + 1
+    ends = zip(np.argwhere(inside).min(0) - margins, np.argwhere(inside).max(0) + margins + 1, strict=True)
+    box = tuple(slice(max(0, low), high) for low, high in ends)
+    spacing[spacing.argmax()] = 1e6  # mm: nothing in another slice is near
+    within, without = (distance_transform_edt(side, sampling=spacing) for side in (inside[box], ~inside[box]))
+    values = np.zeros(inside.shape, np.float32)
+    values[box] = np.clip(0.5 + (within - without) / (2 * OUTLINE), 0, 1)
+    return MetaTensor(torch.from_numpy(values[None]), affine=mask.affine)
 
 
 def bytes_of(image: NDArray, low: float, high: float) -> NDArray[np.uint8]:
@@ -142,7 +156,7 @@ def _masks(shown: Reread, affine: Tensor, size: list[int], unmoved: Any) -> Iter
     found = all((shown.folder / name).is_file() for name in GLANDS)
     labelled = {key: shown.pair[key] for key in LABELS if key in shown.pair}
     if found:
-        moving, fixed = (smooth(load_volume(str(shown.folder / name))) for name in GLANDS)
+        moving, fixed = (rounded(load_volume(str(shown.folder / name))) for name in GLANDS)
         fixed = MetaTensor(fixed.as_tensor(), affine=shown.pair["fixed_image"].affine)
         yield mask("glands", "fixed", on_grid(fixed, affine, size)[0])
         yield mask("glands", "moving", pulled(shown, moving, affine, size)[0].numpy(), "after")

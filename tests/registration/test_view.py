@@ -21,7 +21,7 @@ from scripts.network import fields
 from scripts.registration import view as module
 from scripts.registration.index import write_index
 from scripts.registration.view import LARGEST, view
-from scripts.registration.view_data import grid_of, on_grid
+from scripts.registration.view_data import grid_of, on_grid, rounded
 
 HOSTILE = "<img src=x onerror=document.title='run'>&\"'$x`${1}`"
 CHEAP = {"initial_transform": "header", "spacing": 4.0, "refine_steps": 0, "use_network": False, "weights": None}
@@ -311,3 +311,13 @@ def test_what_is_shown_lies_where_it_lies_in_the_file_however_that_is_stored(axe
     inside = (slice(None), *(slice(2, -2),) * 3)
     expected = torch.einsum("i,ixyz->xyz", slope, fields.world_grid(size, affine)[0])[None]
     np.testing.assert_allclose(on_grid(image, affine, size)[inside], expected[inside], atol=0.01)
+
+
+def test_an_outline_between_thick_slices_is_between_theirs():
+    x, y, z = np.meshgrid(np.arange(40), np.arange(40), np.arange(8), indexing="ij")
+    cone = (np.hypot(x - 20, y - 20) < 15 - 1.5 * z) & (z > 0) & (z < 7)  # mm: voxels of 1, slices of 3
+    mask = MetaTensor(torch.from_numpy(cone[None].astype(np.float32)), affine=torch.diag(torch.tensor([1.0, 1, 3, 1])))
+    values = rounded(mask).numpy()[0]
+    assert ((values > 0.5) == cone).all()
+    between = (values[..., 3] + values[..., 4]) / 2 > 0.5  # halfway between slices of radius 10.5 and 9
+    assert np.sqrt(between.sum() / np.pi) == pytest.approx(9.75, abs=0.25)
