@@ -1,4 +1,4 @@
-"""`python -m scripts VERB`: register, segment, apply, invert, prepare, check, learn, crossval, report and others.
+"""`python -m scripts VERB`: register, view, segment, apply, invert, prepare, check, learn, crossval and others.
 
 Heavy imports live inside the verbs, so that --help answers at once.
 """
@@ -51,13 +51,46 @@ def register(
             where the three voxel axes run to if a header does not tell the truth, for example LPS: the files that are
             written stay in the worlds of the headers. --write_glands True writes moving_gland.nii.gz and
             fixed_gland.nii.gz, the glands found, each on its image's grid; --write_spread True writes spread.nii.gz,
-            how far the networks' fields are apart at each voxel, in mm. Targets are doubted by both, see apply.
+            how far the networks' fields are apart at each voxel, in mm. Targets are doubted by both, see apply. --view
+            True writes the glands and view.html, a page to look through the registration, see the verb view; it needs
+            requirements-view.txt.
     """
     from scripts.bundle.workflow import register
 
     if initial_transform is not None:
         settings["initial_transform"] = initial_transform
     register(moving, fixed, output_dir, moving_labels, fixed_labels, overlay, **settings)
+
+
+def view(
+    output_dir: str,
+    fixed: str | None = None,
+    moving: str | None = None,
+    points: str | None = None,
+    points_from: str | None = None,
+    coordinates: str | None = None,
+) -> None:
+    """Write a page to look through a registration, for any browser, without network; needs requirements-view.txt.
+
+    Example:
+        python -m scripts view out
+        python -m scripts view out --points targets.mrk.json --points_from moving
+
+    Writes view.html into the folder of a registration, one file: TRUS and MR, registered or as it came, in three linked
+    planes, to scroll, zoom and blink; outlines of the glands found, if register kept them (--view True or
+    --write_glands True), and of labels; targets to jump to; the deformation; and the figures and flags of qc.json.
+    Research use only.
+
+    Args:
+        output_dir: the --output_dir of a registration.
+        fixed, moving: where the images are now, if they are not where they were.
+        points: targets, a file of points as for apply.
+        points_from: the image they were marked in, "fixed" or "moving".
+        coordinates: of columns x, y, z, "RAS" or "LPS".
+    """
+    from scripts.registration.view import view
+
+    print(view(output_dir, fixed, moving, points, points_from, coordinates))
 
 
 def segment(
@@ -535,7 +568,7 @@ def check_config(path: str) -> None:
 
 def main() -> None:
     words = sys.argv[1:]
-    verbs = (register, segment, apply, invert, check, prepare, learn, crossval, report, phantom, sweep, demo)
+    verbs = (register, view, segment, apply, invert, check, prepare, learn, crossval, report, phantom, sweep, demo)
     verbs += (release, check_config)
     named = {verb.__name__: verb for verb in verbs}
     try:

@@ -27,7 +27,7 @@ ITK = "pairwise names slicer register formats transforms dicom checks other_tool
 LONG = (
     "own_pairs bundle report readme weights release distributed hostile figures phantom segmentation faults qc".split()
 )
-LONG += "labels_gone demo networks cohort".split()
+LONG += "labels_gone demo networks cohort view".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -91,6 +91,16 @@ def same_locale():
     """Reading or writing DICOM can leave a process in the C locale, and the tests after it with it."""
     yield
     locale.setlocale(locale.LC_ALL, LOCALE)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, for `browser.Page`."""
+    from browser import SOFTWARE, started
+
+    driver = started(*SOFTWARE)
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture

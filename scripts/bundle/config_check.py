@@ -70,7 +70,7 @@ SCRIPTS = {  # modules of this bundle made for configs; the others run configs, 
     *("data.checks", "data.datalist", "data.gate", "data.pairs", "data.renamed", "data.weights"),
     *("registration.transforms", "registration.segmentation", "registration.segment", "registration.refine"),
     *("registration.ensemble", "registration.pairwise", "registration.outputs", "registration.precision"),
-    *("registration.progress",),
+    *("registration.progress", "registration.view", "registration.index"),
     *("study.evaluation", "training.checkpoints", "training.cohort", "training.distributed", "training.engine"),
     *("training.failures", "training.gland_cubes", "training.pair_cubes", "bundle.settings"),
 }

@@ -37,7 +37,7 @@ OPTIONS = tuple(
 SUFFIXES = (".nii.gz", ".nii", ".hdr", ".mha", ".mhd", ".seg.nrrd", ".nrrd", ".nhdr", ".dcm", ".dicom", ".ima")
 RESULTS = (  # what a registration leaves in its folder, or removes there because it is of an earlier one
     *("warped_moving_image.nii.gz", "warped_moving_label.nii.gz", "ddf.nii.gz", "overview.png", "qc.json", "qa.json"),
-    *("moving_gland.nii.gz", "fixed_gland.nii.gz", "spread.nii.gz"),
+    *("moving_gland.nii.gz", "fixed_gland.nii.gz", "spread.nii.gz", "view.html"),
     # those of `scripts.data.formats`, whose imports take seconds; a test compares them
     *("ddf.h5", "niftyreg.nii.gz", "transformix.txt", "registration.dcm", "warped_moving_image"),
 )

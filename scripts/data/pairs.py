@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Hashable, Mapping, Sequence
 
 import torch
@@ -92,6 +93,8 @@ class LoadPaird(Transform):
             `scripts.data.axes`: the image and its label lie as declared, and `moving_header`, `fixed_header` (4, 4)
             are the affines that their headers say. A pair's own settings of these names go before all six.
 
+    Adds `moving_file` and `fixed_file`, and as JSON `read_as`: the label files, and the settings that are not None.
+
     Raises:
         InputError: any refusal of `scripts.data.checks`; a file that cannot be read.
     """
@@ -138,7 +141,9 @@ class LoadPaird(Transform):
                 d[f"{side}_header"] = d[f"{side}_image"].affine
                 for key in (k for k in (f"{side}_image", f"{side}_label") if k in d):
                     d[key] = _as_declared(d[key], axes)
-        return d | {"moving_file": data["moving_image"], "fixed_file": data["fixed_image"]}
+        used = {key: data[key] for key in LABELS if key in data} | {"label_values": self.label_values} | told
+        read_as = json.dumps({key: value for key, value in used.items() if value is not None})
+        return d | {"moving_file": data["moving_image"], "fixed_file": data["fixed_image"], "read_as": read_as}
 
     @staticmethod
     def _load_displacement(path: str, fixed: MetaTensor) -> MetaTensor:

@@ -169,7 +169,9 @@ def read_fcsv(path: str, coordinates: str | None) -> Points:
         with written_whole(target, "wb") as file:
             file.write(written.getvalue().encode(encoding))
 
-    return Points(read * axes, save, lost="left out, because a .fcsv has no points without a position")
+    labels = [row.get("label") or f"point {k + 1}" for k, row in enumerate(rows)]
+    lost = "left out, because a .fcsv has no points without a position"
+    return Points(read * axes, save, lost=lost, names=labels)
 
 
 def _text(path: str) -> tuple[str, str]:

@@ -110,4 +110,5 @@ def _read_markups(path: str, coordinates: str | None) -> Points:
         with written_whole(target) as file:
             json.dump(content, file, indent=2)
 
-    return Points(read * axes, save)
+    names = [str(point.get("label") or f"point {k + 1}") for k, (_, point) in enumerate(controls)]
+    return Points(read * axes, save, names=names)

@@ -34,7 +34,7 @@ FIXED, MOVING = ("#2fd6e6", "solid"), ("#ff9f1c", (0, (4, 1.5)))  # colour and d
 PLANES = {"Axial": (0, 1), "Coronal": (0, 2), "Sagittal": (1, 2)}
 ENDS = (("L", "R"), ("P", "A"), ("I", "S"))  # low and high end of each array axis
 MOTION = LinearSegmentedColormap.from_list("motion", ("#52708f", "#f3e79b", "#ff4b33"))  # no motion is still seen
-COLUMNS = ("TRUS (fixed)", "MR, initial transform", "MR, registered", "TRUS / MR registered", "Field beyond it")
+COLUMNS = ("TRUS (fixed)", "MR, centres aligned", "MR, registered", "TRUS / MR registered", "Deformation")
 
 drawing = threading.Lock()  # matplotlib's font and text caches are shared between figures and not thread safe
 
@@ -155,7 +155,9 @@ def overview(
         ]
         _draw_legend(figure, handles)
         _draw_note(
-            figure, "Field: the fixed grid x drawn at x + u(x), where the MR is sampled; colour: length of u in 3D"
+            figure,
+            "Deformation u, beyond the initial transform: the fixed grid x drawn at x + u(x), where the MR is sampled;"
+            " colour: length of u in 3D",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -25,13 +26,15 @@ from scripts.data.root import VERSION
 from scripts.data.volumes import save_volume
 from scripts.network import fields
 from scripts.registration import figures, qc
+from scripts.registration.initial_transform import read_initial_transform
 from scripts.registration.segmentation import on_image
-from scripts.registration.transforms import as_headers_say, to_original_grid, transform_on
+from scripts.registration.transforms import as_headers_say, to_original_grid
 
 LABEL = "warped_moving_label.nii.gz"
 DRAWN = 2_500_000  # voxels of the volumes that a picture is drawn of: its panels have 260 pixels
 GLANDS = ("moving_gland.nii.gz", "fixed_gland.nii.gz")
 SPREAD = "spread.nii.gz"
+PAGE = "view.html"  # which `scripts.registration.view` writes
 NOTICE = "Research use only. Not for clinical decisions."
 
 
@@ -52,11 +55,12 @@ def save_overview(path: Path, item: Mapping[str, Any], moved: Tensor, record: Ma
         plain = volume.as_tensor() if isinstance(volume, MetaTensor) else torch.as_tensor(volume)
         return reorient(MetaTensor(plain[:1].float(), affine=fixed.affine.double())).as_tensor()[shown][0].numpy()
 
-    # where the initial transform alone takes what is drawn
-    start = transform_on(item, torch.zeros_like(torch.as_tensor(item["pred"])), affine, size)
+    (centred,) = read_initial_transform("centre", item["original_moving_image"], fixed)
 
-    def before(volume: MetaTensor) -> np.ndarray:
-        return fields.pull(volume.as_tensor()[None, :1], volume.affine, start, affine)[0, 0].numpy()
+    def before(volume: MetaTensor) -> np.ndarray:  # on its way nowhere: the centres of the two images coincide
+        to_volume = torch.linalg.inv(volume.affine.double().cpu()) @ centred @ affine
+        there = fields.resample(volume.as_tensor()[None, :1].cpu().float(), to_volume, size, padding_mode="outside")
+        return there[0, 0].numpy()
 
     world = fields.resample(moved, torch.linalg.inv(item["field_affine"]) @ affine, size)[0]
     ddf = torch.einsum("ij,j...->i...", torch.linalg.inv(affine[:3, :3]), world)
@@ -67,14 +71,12 @@ def save_overview(path: Path, item: Mapping[str, Any], moved: Tensor, record: Ma
     found = len(item["image"]) == 4 and not glands
     if found:
         glands = {name: gland[0].numpy() for name, gland in glands_found(item, affine, size).items()}
-    facts = [
-        f"folded voxels {record['folded_percent']:.2f} %",
-        f"largest displacement beyond the initial transform {record['max_displacement_mm']:.1f} mm",
-    ]
-    if record.get("tre_mm") is not None:
-        facts.insert(0, f"TRE {record['tre_before_mm']:.1f} → {record['tre_mm']:.1f} mm")
+        glands["gland_before"] = before(item["original_moving_gland"])
+    facts = [qc.motion(record), f"folded voxels {record['folded_percent']:.2f} %"]
     if record.get("gland_dsc") is not None:
-        facts.insert(0, f"gland DSC {record['gland_dsc_before']:.2f} → {record['gland_dsc']:.2f}")
+        facts.append(f"gland DSC {record['gland_dsc_before']:.2f} → {record['gland_dsc']:.2f} by the deformation")
+    if record.get("tre_mm") is not None:
+        facts.append(f"TRE {record['tre_before_mm']:.1f} → {record['tre_mm']:.1f} mm")
     flags = [f"CHECK: {flag.split(' (')[0]}" for flag in record["flags"]]  # two fit; their figures are in the record
     facts[:0] = flags if len(flags) < 3 else [f"CHECK: {len(flags)} flags in qc.json", *flags[:1]]
     figures.overview(
@@ -100,13 +102,13 @@ def drawn_every(size: Sequence[int]) -> list[int]:
 
 
 def glands_found(item: Mapping[str, Any], affine: Tensor, size: Sequence[int]) -> dict[str, Tensor]:
-    """The glands in the network's input on a grid of the fixed world, for `figures.overview`, (1, X, Y, Z)."""
+    """The glands in the network's input on a grid of the fixed world, the moving one registered, (1, X, Y, Z)."""
     image, ddf = (torch.as_tensor(item[key])[None].cpu().float() for key in ("image", "pred"))
     moving, fixed = image[:, 2:3], image[:, 3:4]
-    on_grid = torch.cat([fixed, moving, fields.warp(moving, ddf)], dim=1)
+    on_grid = torch.cat([fixed, fields.warp(moving, ddf)], dim=1)
     to_grid = torch.linalg.inv(item["grid_affine"].cpu().double()) @ affine
     there = fields.resample(on_grid, to_grid, size, padding_mode="outside")[0]
-    return dict(zip(("fixed_gland", "gland_before", "gland_after"), there.split(1), strict=True))
+    return dict(zip(("fixed_gland", "gland_after"), there.split(1), strict=True))
 
 
 def segmented_by(weights: str | Sequence[str] | None) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def save_registration(
         InputError: the folder cannot be written.
     """
     with written_together(
-        folder, stale={LABEL, SPREAD, *GLANDS, formats.WARPED_SERIES, *formats.FILES.values()}
+        folder, stale={LABEL, SPREAD, *GLANDS, PAGE, formats.WARPED_SERIES, *formats.FILES.values()}
     ) as partial:
         told = as_headers_say(item)
         affine = told["original_fixed_image"].affine.numpy()
@@ -179,13 +181,29 @@ def save_registration(
         labelled = {"original_fixed_label", "warped_moving_label"} <= set(item)
         before = to_original_grid(item, torch.zeros_like(item["pred"])) if labelled else {}
         record = qc.quality(item, before, moved, doubts)
+        matrix = None if "initial_displacement" in item else item["initial_transform"].tolist()
+        record |= {"initial_matrix": matrix}
         record |= {"flags": qc.flags(record, limits or {}), "limits": dict(limits or {})}
         save_overview(partial / "overview.png", item, moved, record)
-        known = {k: item[k] for k in ("case", "moving_file", "fixed_file")}
+        known = {k: item[k] for k in ("case", "moving_file", "fixed_file")} | {"read_as": json.loads(item["read_as"])}
+        known["fingerprints"] = {side: fingerprint(item, side) for side in ("moving", "fixed")}
         record = {"notice": NOTICE} | known | record | dict(provenance)
         for name, written in (("qc.json", record), ("qa.json", renamed.former(record))):  # the latter until 0.6
             (partial / name).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return record["flags"]
+
+
+def fingerprint(item: Mapping[str, Any], side: str) -> str:
+    """SHA-256 of an image's voxels and of the affine that its header says: another image has another.
+
+    Args:
+        item: with `original_…_image`, or `…_image` as `scripts.data.pairs.LoadPaird` leaves it, and `…_header`.
+        side: "moving" or "fixed".
+    """
+    image = item[f"original_{side}_image"] if f"original_{side}_image" in item else item[f"{side}_image"]
+    affine = torch.as_tensor(item.get(f"{side}_header", image.affine)).cpu().numpy().astype("<f8")
+    voxels = image.as_tensor().cpu().numpy().astype("<f4")
+    return hashlib.sha256(affine.tobytes() + voxels.tobytes()).hexdigest()
 
 
 class SaveRegistrations:

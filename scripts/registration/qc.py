@@ -17,6 +17,8 @@ from scripts.data import renamed
 from scripts.data.checks import InputError
 from scripts.network import fields
 from scripts.registration import metrics
+from scripts.registration.initial_transform import read_initial_transform
+from scripts.registration.transforms import transform_on
 
 MEANINGS = {  # what a figure beyond its limits means, in the words of a flag
     "folded_percent": "the field folds",
@@ -54,6 +56,40 @@ def deformation(item: Mapping[str, Any]) -> Tensor:
     ddf, grid_affine = torch.as_tensor(item["pred"])[None].cpu(), item["grid_affine"].cpu()
     size = item["displacement"].shape[1:]
     return fields.world_displacement(ddf, grid_affine, torch.eye(4), item["field_affine"], size)
+
+
+def moved_from_centres(item: Mapping[str, Any]) -> Tensor:
+    """How far the initial transform moves the fixed image's centre from where both centres coincide, mm, shape ()."""
+    fixed = item["original_fixed_image"]
+    (centred,) = read_initial_transform("centre", item["original_moving_image"], fixed)
+    centre = fixed.affine.double().cpu().clone()
+    centre[:3, 3] += centre[:3, :3] @ ((torch.tensor(fixed.shape[1:], dtype=torch.float64) - 1) / 2)
+    moved = transform_on(item, torch.zeros_like(torch.as_tensor(item["pred"])), centre, (1, 1, 1)).flatten()
+    return (moved - centred[:3, 3]).norm()
+
+
+def in_gland(item: Mapping[str, Any], length: Tensor, x: Tensor) -> float:
+    """The largest of lengths (1, 1, X, Y, Z) at world points x within the fixed gland, found or labelled; else NaN."""
+    gland = next((item[key] for key in ("original_fixed_gland", "original_fixed_label") if key in item), None)
+    if gland is None:
+        return math.nan
+    voxels = fields.transform_points(torch.linalg.inv(gland.affine.double().cpu()), x)
+    there = fields.sample(gland.as_tensor()[None, :1].cpu().double(), voxels, padding_mode="outside") > 0.5
+    return length[there].max().item() if there.any() else math.nan
+
+
+def motion(record: Mapping[str, Any]) -> str:
+    """What moved how far, in words, of the figures of a QC record; "" for one of before, without them."""
+    if "translation_mm" not in record:
+        return ""
+    said = [f"MR moved by {record['translation_mm']:.1f} mm from aligned centres"]
+    if record.get("initial_matrix"):
+        stretch = 1 / torch.linalg.svdvals(torch.tensor(record["initial_matrix"], dtype=torch.float64)[:3, :3])
+        said.append(f"stretched by {stretch.min():.2f} to {stretch.max():.2f}")
+    deformed = f"deformed by up to {record['max_displacement_mm']:.1f} mm"
+    if record.get("gland_displacement_mm") is not None:
+        deformed += f", in the gland {record['gland_displacement_mm']:.1f} mm"
+    return ", ".join([*said, deformed])
 
 
 def border_brightness(image: Tensor) -> float:
@@ -100,6 +136,8 @@ def quality(
         "initial_stretch_min": item["initial_stretch"].min().item(),
         "initial_stretch_max": item["initial_stretch"].max().item(),
         "border_difference": borders[0] - borders[1],
+        "translation_mm": moved_from_centres(item).item(),
+        "gland_displacement_mm": in_gland(item, moved.norm(dim=1, keepdim=True), x),
     }
     for name in ("inverse_consistency", "spread"):
         doubt = (doubts or {}).get(name)

@@ -164,7 +164,7 @@ def as_headers_say(item: Mapping[Hashable, MetaTensor]) -> dict:
     for side in ("moving", "fixed"):
         for key in (k for k in (f"original_{side}_image", f"original_{side}_label") if k in item):
             header = item.get(f"{side}_header", item[key].affine)
-            result[key] = MetaTensor(torch.as_tensor(item[key]), affine=torch.as_tensor(header).cpu())
+            result[key] = MetaTensor(item[key].as_tensor(), affine=torch.as_tensor(header).cpu())
     return result
 
 
@@ -189,7 +189,7 @@ class OntoFixedGridd(PlanFixedGridd):
     def __call__(self, data: Mapping[Hashable, MetaTensor]) -> dict:
         d = super().__call__(data)
         size = d.pop("grid_size")
-        d |= {f"original_{key}": d[key] for key in GLANDS if key in d}
+        d |= {f"original_{key}": data[key] for key in GLANDS if key in d}
         for key in [k for k in (*KEYS, *GLANDS) if k in d]:
             padding = "border" if key in IMAGES else "outside"
             volume = d[key].as_tensor()[None].double()

@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -28,7 +29,7 @@ from scripts.data.renamed import SETTINGS
 from scripts.data.root import CONFIGS
 from scripts.registration.outputs import NOTICE
 from scripts.study.plan import DONE
-from scripts.study.report_cases import Example, evaluation_of, example_cases
+from scripts.study.report_cases import Example, evaluation_of, example_cases, pages
 from scripts.study.report_figures import box_plot, maps, png, slices, write_pdf
 from scripts.study.report_tables import (
     Method,
@@ -101,7 +102,8 @@ def report(output_dir: str | Path, variant: str | None = None, dataset_dir: str 
         write_csv(folder / f"table{k}.csv", table)
 
     about, shown = facts(output, plan, methods), variant or best
-    figures = boxes(methods) | (pictures(output, shown, methods[shown], dataset_dir) if shown else {})
+    examples = example_cases(output, shown, methods[shown].cases, dataset_dir) if shown else {}
+    figures = boxes(methods) | (pictures(shown, examples) if examples else {})
     captions = {name: f"{caption} {about['caption']}" for name, (_, caption) in figures.items()}
     write_figures(folder, {name: figure for name, (figure, _) in figures.items()}, captions)
     page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
@@ -113,6 +115,7 @@ def report(output_dir: str | Path, variant: str | None = None, dataset_dir: str 
         table1=html_table(tables[0], first) if trained else "<p>No trained variant is complete.</p>",
         table2=html_table(tables[1], first),
         figures="".join(html_figure(folder / f"{name}.png", caption) for name, caption in captions.items()),
+        pages=links(folder, examples),
         commands=escape(about["commands"]),
     )
     with written_whole(folder / "report.html") as file:
@@ -135,11 +138,8 @@ def boxes(methods: Mapping[str, Method]) -> dict[str, tuple[Figure, str]]:
     return found
 
 
-def pictures(output: Path, name: str, method: Method, dataset_dir: str | None) -> dict[str, tuple[Figure, str]]:
-    """Slices and maps of the example cases of a trained variant."""
-    examples = example_cases(output, name, method.cases, dataset_dir)
-    if not examples:
-        return {}
+def pictures(name: str, examples: Mapping[str, tuple[Mapping[str, str], Example]]) -> dict[str, tuple[Figure, str]]:
+    """Slices and maps of the example cases of the trained variant of that name."""
     which = f"{name}, held-out cases of best, median and worst TRE with the gland, axial slice through its middle."
     return {
         kind: (draw({heading(k, *e): e[1] for k, e in examples.items()}), f"{which} {caption}")
@@ -239,6 +239,20 @@ def html_figure(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     image = f'<img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def links(folder: Path, examples: Mapping[str, tuple[Mapping[str, str], Example]]) -> str:
+    """The sentence that leads to the pages of the example cases, from `folder`."""
+    if not examples:
+        return ""
+    found = pages(folder.parent, examples)
+    if not found:
+        return "<p>Pages to look through these cases are made where requirements-view.txt is installed.</p>"
+    each = (
+        f'<a href="{quote(page.relative_to(folder).as_posix())}">{name}: {escape(examples[name][0]["case"])}</a>'
+        for name, page in found.items()
+    )
+    return f"<p>Look through these cases: {', '.join(each)}.</p>"
 
 
 def write_figures(folder: Path, figures: Mapping[str, Figure], captions: Mapping[str, str]) -> None:

@@ -34,6 +34,8 @@ from scripts.data.pairs import LoadPaird
 from scripts.data.root import CONFIGS
 from scripts.network import fields
 from scripts.registration.metrics import centroid
+from scripts.registration.outputs import PAGE
+from scripts.registration.view import view, viewer_is_installed
 from scripts.study.plan import LOG, WEIGHTS
 
 MADE = "made.json"  # of what a kept registration was made; written last
@@ -86,7 +88,7 @@ def example_cases(
         run = output / "runs" / variant / f"fold{cases[case]['fold']}"
         overlays, settings = evaluation_of(run)
         settings |= {"dataset_dir": absolute(dataset_dir)} if dataset_dir else {}
-        folder = output / "report" / "cases" / check_case_name(case)
+        folder = kept_in(output, case)
         wanted = ingredients(case, run, settings, overlays)
         jobs.append((name, case, run, overlays, folder, wanted))
     todo = [job for job in jobs if not is_kept(job[-1], job[-2])]
@@ -95,6 +97,19 @@ def example_cases(
     for name, case, *_, folder, wanted in jobs:
         found[name] = cases[case], read_example(folder, wanted["pair"], wanted["settings"])
     return found
+
+
+def kept_in(output: Path, case: str) -> Path:
+    """The folder of an example case's registration, `output` that of the cross-validation."""
+    return output / "report" / "cases" / check_case_name(case)
+
+
+def pages(output: Path, examples: Mapping[str, tuple[Mapping[str, str], Example]]) -> dict[str, Path]:
+    """ "best", "median" and "worst" -> the page of the case's registration; none where no viewer is installed."""
+    folders = {name: kept_in(output, row["case"]) for name, (row, _) in examples.items()}
+    if not viewer_is_installed():
+        return {}
+    return {name: folder / PAGE if (folder / PAGE).is_file() else view(folder) for name, folder in folders.items()}
 
 
 def evaluation_of(run: Path) -> tuple[list[Path], dict[str, Any]]:

@@ -94,7 +94,9 @@ def test_every_command_takes_names_as_they_are(place, images, typed):
         shutil.copy(file, f"{data}/{side}_images/{place}.nii.gz")
     assert typed("check", data, "--labels", "False", "--num_workers", "0")[0] == 0
     run_config("inference.json", dataset_dir=str(images / data), output_dir=str(images / place / "all#1"), **CHEAP)
-    assert os.listdir(f"{place}/all#1") == [place] and set(os.listdir(f"{place}/all#1/{place}")) == left
+    assert (
+        set(os.listdir(f"{place}/all#1")) == {place, "index.html"} and set(os.listdir(f"{place}/all#1/{place}")) == left
+    )
     assert sorted(os.listdir(".")) == sorted(["moving.nii.gz", "fixed.nii.gz", place])
 
 

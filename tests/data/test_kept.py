@@ -69,7 +69,7 @@ def test_a_folder_that_goes_must_hold_no_input(world):
 def test_what_a_registration_leaves_or_removes_is_known():
     assert set(RESULTS) == {
         *("warped_moving_image.nii.gz", LABEL, "ddf.nii.gz", "overview.png", "qc.json", "qa.json"),
-        *("moving_gland.nii.gz", "fixed_gland.nii.gz", "spread.nii.gz"),
+        *("moving_gland.nii.gz", "fixed_gland.nii.gz", "spread.nii.gz", "view.html"),
         *(formats.WARPED_SERIES, *formats.FILES.values()),
     }
 

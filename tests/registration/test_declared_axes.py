@@ -2,12 +2,16 @@
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
+from PIL import Image
 from synthetic import write
 
 from scripts.data.axes import declared
 from scripts.data.checks import InputError
 from scripts.data.pairs import LoadPaird, LoadSingled
+from scripts.registration import qc
+from scripts.registration.outputs import save_overview
 from scripts.registration.transforms import KeepOriginalsd, OntoFixedGridd, ToOriginalGridd, as_headers_say
 
 SHAPES = {"moving": (24, 20, 12), "fixed": (18, 22, 16)}
@@ -90,3 +94,35 @@ def test_a_single_image_lies_as_declared_and_its_label_with_it(tmp_path):
     assert torch.equal(LoadSingled()(item | {"axes": "PIR"})["image"].affine, turned["image"].affine)
     with pytest.raises(InputError, match="--image_axes XYZ: expected"):
         LoadSingled(axes="XYZ")(item)
+
+
+def test_the_overview_and_what_it_says_are_those_of_true_headers(tmp_path):
+    lying = {"fixed": "PRS", "moving": "LAI"}
+    headers = {side: declared(TRUE[side], SHAPES[side], axes) for side, axes in lying.items()}
+    pictures, said = [], []
+    for name, used, axes in (("true", TRUE, {}), ("lying", headers, {"fixed_axes": "RAS", "moving_axes": "LPS"})):
+        (tmp_path / name).mkdir()
+        item = registered(files(tmp_path / name, used), **axes)
+        moved = qc.deformation(item)
+        record = qc.quality(item, {}, moved) | {"flags": [], "initial_matrix": item["initial_transform"].tolist()}
+        save_overview(tmp_path / f"{name}.png", item, moved, record)
+        pictures.append(np.asarray(Image.open(tmp_path / f"{name}.png"), dtype=float))
+        said.append(qc.motion(record))
+    np.testing.assert_allclose(pictures[0], pictures[1], atol=8)
+    assert said[0] == said[1]
+    assert said[0].startswith("MR moved by 0.0 mm from aligned centres, stretched by 1.00 to 1.00, deformed by up to")
+
+
+def test_what_moved_how_far_is_what_the_initial_transform_and_the_network_did(tmp_path):
+    pair = files(tmp_path, TRUE)
+    images = [sitk.ReadImage(pair[f"{side}_image"]) for side in ("fixed", "moving")]
+    fixed, moving = (i.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in i.GetSize()]) for i in images)
+    transform = sitk.AffineTransform(np.diag((0.8, 1.0, 1.25)).ravel(), np.subtract(moving, fixed) + [3, 0, 4], fixed)
+    sitk.WriteTransform(transform, str(tmp_path / "start.tfm"))
+    item = registered(pair, str(tmp_path / "start.tfm"))
+    record = qc.quality(item, {}, qc.deformation(item))
+    record["initial_matrix"] = item["initial_transform"].tolist()
+    assert record["translation_mm"] == pytest.approx(5, abs=1e-3)
+    assert "moved by 5.0 mm from aligned centres, stretched by 0.80 to 1.25, deformed by up to" in qc.motion(record)
+    assert record["max_displacement_mm"] == pytest.approx(1.5, abs=0.1)  # a sine and a cosine, 1.5 mm
+    assert record["gland_displacement_mm"] is None  # no gland was looked for, none labelled

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from browser import Page as Opened
 from conftest import ROOT, TINY, run
 from PIL import Image
 
@@ -152,7 +153,11 @@ def test_the_page_shows_the_tables_the_data_the_folds_and_what_is_left_out(cross
 def test_the_page_needs_no_other_file_no_network_and_no_script(page):
     shown = Page(page.read_text())
     assert len(shown.images) == len(PICTURES) and all(i.startswith("data:image/png;base64,") for i in shown.images)
-    assert shown.links == ["data:,"] and not {"script", "iframe", "object"} & set(shown.tags)
+    cases = sorted(f"cases/{folder.name}/view.html" for folder in (page.parent / "cases").iterdir())
+    assert shown.links[0] == "data:," and sorted(shown.links[1:]) == cases
+    assert all((page.parent / link).is_file() for link in cases) and not {"script", "iframe", "object"} & set(
+        shown.tags
+    )
     assert not re.search(r"url\(|@import|https?:", page.read_text())
 
 
@@ -306,21 +311,17 @@ def test_the_verb_explains_itself():
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_in_a_browser_the_page_fits_its_width_and_asks_for_nothing(page, tmp_path, width):
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with sync.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        except sync.Error as error:
-            pytest.skip(f"no Chromium that starts: {str(error).splitlines()[0]}")
-        view, asked = browser.new_page(viewport={"width": width, "height": 844}), []
-        view.on("request", lambda request: asked.append(request.url))
-        view.goto(page.as_uri())
-        wide = view.evaluate("document.documentElement.scrollWidth")
-        images = view.evaluate("[...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().right])")
-        boxes = view.evaluate("[...document.querySelectorAll('.box')].map(b => [b.scrollWidth, b.clientWidth])")
-        browser.close()
-    assert wide <= width and [url for url in asked if not url.startswith("data:")] == [page.as_uri()]
+def test_in_a_browser_the_page_fits_its_width_and_asks_for_nothing(browser, page, width):
+    opened = Opened(browser, page, width)
+    images = opened.js("[...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().right])")
+    boxes = opened.js("[...document.querySelectorAll('.box')].map(b => [b.scrollWidth, b.clientWidth])")
+    assert opened.js("document.documentElement.scrollWidth") <= width and opened.asked_for() == {page.as_uri()}
     assert len(images) == len(PICTURES) and all(natural > 0 and right <= width for natural, right in images)
     assert len(boxes) == 2 and (width > 600 or all(inner > outer for inner, outer in boxes))
+
+
+def test_the_report_leads_to_a_page_to_look_through_each_case_that_is_shown(browser, page):
+    opened = Opened(browser, page)
+    case = opened.js("document.querySelector('a[href^=cases]').textContent").split(": ")[1]
+    opened.click("a[href^=cases]")
+    assert case in opened.ready().text("title") and opened.picture().std() > 10
