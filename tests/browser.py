@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+NAMES = (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",))
 SOFTWARE = ("use-angle=swiftshader", "use-gl=angle", "enable-unsafe-swiftshader")  # WebGL without a GPU
 
 
@@ -20,17 +21,18 @@ def started(*options):
     from selenium.common.exceptions import WebDriverException
 
     given = webdriver.ChromeOptions()
-    given.binary_location = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
+    binary, driver = (next(filter(None, map(shutil.which, names)), None) for names in NAMES)
+    if binary is None or driver is None:
+        pytest.skip("no Chromium with its driver on the path")
+    given.binary_location = binary
     for option in (
         *("headless", "no-sandbox", "disable-quic", "no-first-run", "disable-background-networking"),
         *("disable-component-update", "disable-sync", f"user-data-dir={tempfile.mkdtemp()}", *options),
     ):
         given.add_argument(f"--{option}")
     given.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = shutil.which("chromedriver")
     try:
-        service = webdriver.ChromeService(executable_path=driver) if driver else webdriver.ChromeService()
-        return webdriver.Chrome(options=given, service=service)
+        return webdriver.Chrome(options=given, service=webdriver.ChromeService(executable_path=driver))
     except WebDriverException as error:
         pytest.skip(f"no Chromium that starts: {str(error).splitlines()[0]}")
 
