@@ -59,7 +59,7 @@ audit: .venv/installed-test .venv-audit/installed  ## known vulnerabilities of e
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 
-.venv/installed-test: .venv/installed requirements-test.txt requirements-crossval.txt requirements-dicom.txt
+.venv/installed-test: .venv/installed requirements-test.txt requirements-crossval.txt requirements-dicom.txt requirements-tutorial.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-test.txt
 	touch $@
 
