@@ -59,7 +59,7 @@ audit: .venv/installed-test .venv-audit/installed  ## known vulnerabilities of e
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
 	touch $@
 
-.venv/installed-test: .venv/installed $(addsuffix .txt,$(addprefix requirements-,test crossval dicom surfaces view))
+.venv/installed-test: .venv/installed $(addsuffix .txt,$(addprefix requirements-,test crossval dicom surfaces view tutorial))
 	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-test.txt
 	touch $@
 

@@ -24,10 +24,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a core of its own, an
 # files whose tests load ITK, a quarter of a minute: one worker runs them all
 ITK = "pairwise names slicer register formats transforms dicom checks other_tools invert sweep apply kept".split()
 # the other long files, the longest first: one that began last would keep one worker busy while the rest are idle
-LONG = (
-    "own_pairs bundle report readme weights release distributed hostile figures phantom segmentation faults qc".split()
-)
-LONG += "labels_gone demo networks cohort view".split()
+LONG = "tutorial own_pairs bundle report readme weights release distributed hostile figures phantom".split()
+LONG += "segmentation faults qc labels_gone demo networks cohort view".split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
