@@ -185,7 +185,8 @@ def save_registration(
         record |= {"initial_matrix": matrix}
         record |= {"flags": qc.flags(record, limits or {}), "limits": dict(limits or {})}
         save_overview(partial / "overview.png", item, moved, record)
-        known = {k: item[k] for k in ("case", "moving_file", "fixed_file")} | {"read_as": json.loads(item["read_as"])}
+        known = {k: item[k] for k in ("case", "moving_file", "fixed_file")}
+        known |= {"read_as": json.loads(item["read_as"])} if "read_as" in item else {}  # of files
         known["fingerprints"] = {side: fingerprint(item, side) for side in ("moving", "fixed")}
         record = {"notice": NOTICE} | known | record | dict(provenance)
         for name, written in (("qc.json", record), ("qa.json", renamed.former(record))):  # the latter until 0.6

@@ -20,6 +20,7 @@ import monai.bundle
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 import warm
 from conftest import QUICK, ROOT, TINY, flags
 from torch.distributed.run import get_args_parser
@@ -28,6 +29,7 @@ from scripts import __main__ as cli
 from scripts.data.formats import forward, read_transform
 from scripts.data.meshes import Surface, write_surface
 from scripts.network.fields import world_grid
+from scripts.registration.precision import computes_bfloat16
 from scripts.study.plan import merged, overlays_of
 
 PAGES = [
@@ -245,4 +247,5 @@ def test_the_python_of_the_pipeline_guide_runs(bundle, monkeypatch, modules_of_i
     pair = found[1]["pair"]
     x = world_grid(pair["displacement"].shape[1:], pair["field_affine"])
     apart = forward(read_transform(by_config), x)[0] - x - pair["displacement"]
-    assert apart.abs().max() < 1e-3  # mm: the transforms of the guide are those of the config
+    rounding = 0.2 if computes_bfloat16(torch.device("cpu")) else 1e-3  # mm: the config's network is in bfloat16 there
+    assert apart.abs().max() < rounding  # the transforms of the guide are those of the config

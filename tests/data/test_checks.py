@@ -454,8 +454,8 @@ def test_a_batch_with_bad_pairs_registers_the_others_and_ends_with_1(cohort, tmp
         f"repaired: {root / 'fixed_images' / 'case5.nii.gz'}: no sform",
     ):
         assert result.stderr.count(line) == 1, result.stderr[-3000:]
-    assert sorted(path.name for path in output.iterdir()) == ["case0", "case5"]
-    assert all((path / "qc.json").exists() for path in output.iterdir())
+    assert sorted(path.name for path in output.iterdir()) == ["case0", "case5", "index.html"]
+    assert all((output / case / "qc.json").exists() for case in ("case0", "case5"))
 
 
 def test_training_refuses_a_bad_pair_before_its_first_step(dataset, tmp_path):

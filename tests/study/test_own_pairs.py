@@ -49,7 +49,7 @@ def test_one_command_learns_both_stages_says_what_held_out_pairs_gain_and_its_re
     run("scripts", "register", *pair, f"--output_dir={tmp_path / 'one'}", f"--overlay={out / 'weights.yaml'}")
     record = json.loads((tmp_path / "one" / "qc.json").read_text())
     assert record["weights"] == weights["ckpt_path"] and len(record["weights_sha256"]) == 2
-    assert record["spread_mm"] >= 0 and record["max_displacement_mm"] > 0
+    assert record["spread_mm"] >= 0 and (record["max_displacement_mm"] > 0) == (weights["strength"] > 0)
 
 
 def test_after_ctrl_c_no_other_fold_begins(unsplit, tmp_path):  # noqa: F811
