@@ -126,7 +126,7 @@ def next_start(kind: type, pairs: int, folder: Path) -> dict[str, Any]:
     before, began = memory("VmRSS"), time.process_time()
     stream = iter(loader(kind, pairs, folder))
     start = time.process_time() - began
-    batches = [taken(stream, folder if number % 2 else None) for number in range(2 * BATCHES)]
+    batches = [taken(stream, folder if number >= BATCHES else None) for number in range(2 * BATCHES)]
     return {"start": start, "memory": memory("VmHWM") - before, "batches": batches}
 
 
@@ -170,7 +170,8 @@ def main() -> None:
             step = statistics.median(apart(steps, *given))
             memory_side, first, later = (apart(one, *given) for one in (in_memory, first_start, next_start))
             size = sum(path.stat().st_size for path in Path(name).rglob("*.bin")) / 1e6
-        batches = {"cpu": memory_side["batches"], "disk": later["batches"][::2], "disk, cold": later["batches"][1::2]}
+        batches = {"cpu": memory_side["batches"], "disk": later["batches"][:BATCHES]}
+        batches |= {"disk, cold": later["batches"][BATCHES:]}
         if [one["hash"] for one in memory_side["batches"]] != [one["hash"] for one in later["batches"]]:
             sys.exit("the batches of the two sides differ")
         for side, found in batches.items():
