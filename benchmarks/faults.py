@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))  # for `python benchmarks/faults.py`
 from scripts.data.checks import InputError, refusal  # noqa: E402
 from scripts.phantoms.phantom import write_cohort  # noqa: E402
 from scripts.training.checkpoints import STOPPED, Checkpoints, read  # noqa: E402
-from scripts.training.cohort import Pool  # noqa: E402
+from scripts.training.on_disk import kept  # noqa: E402
 
 PAGE, MARKS = ROOT / "docs" / "reliability.md", ("<!-- faults -->\n", "<!-- /faults -->\n")
 QUICK = {"initial_channels": 4, "spacing": 4.0, "batch_size": 2, "val_interval": 100}
@@ -244,7 +244,7 @@ def dead_reader(folder: Path, tries: int) -> list[str]:
     for k in range(tries):
         how, cause = list(CAUSES.items())[k % len(CAUSES)]
         try:
-            Pool(Dying(how), None, 0, 0, dict, num_workers=2)
+            list(kept(Dying(how), dict, 2, "Reading"))
             lost.append(f"{cause}: not noticed")
         except Exception as error:
             if cause not in str(refusal(error)):

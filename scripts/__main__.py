@@ -416,6 +416,7 @@ def learn(
     segmentation_iterations: int | None = None,
     second_stage_iterations: int | None = None,
     cores: int | None = None,
+    cohort_device: str | None = None,
 ) -> None:
     """Learn both stages, finding the gland and deforming it, from your own labelled pairs. Research use only.
 
@@ -442,6 +443,8 @@ def learn(
         segmentation_iterations, second_stage_iterations: training steps of each stage; the defaults are those of
             configs/own_pairs.yaml and configs/second_stage.yaml.
         cores: CPU cores to use; the default is all.
+        cohort_device: cpu or disk for a cohort that does not fit the GPU's memory or the computer's; disk keeps what a
+            step needs in OUTPUT_DIR/cohort, which may be deleted afterwards.
     """
     from scripts.study.own_pairs import learn
 
@@ -450,7 +453,7 @@ def learn(
     data |= {"fixed_spacing": fixed_spacing, "moving_series": moving_series, "fixed_series": fixed_series}
     steps = {"segmentation": segmentation_iterations, "second_stage": second_stage_iterations}
     given = {stage: count for stage, count in steps.items() if count is not None}
-    failed = learn(dataset_dir, output_dir, folds, data, given, cores)
+    failed = learn(dataset_dir, output_dir, folds, data, given, cores, cohort_device)
     if failed:
         sys.exit(f"error: {failed} failed or stopped, see above; the same command goes on where they stopped")
 

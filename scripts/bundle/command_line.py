@@ -20,7 +20,7 @@ from scripts.data.files import listed
 # Settings of the configs that are text whatever they look like, and those that are one or several
 TEXTS = (
     *("dataset_dir", "output_dir", "ckpt_dir", "initial_weights", "weights_name"),
-    *("initial_transform", "start", "patient_pattern", "device", "cohort_device"),
+    *("initial_transform", "start", "patient_pattern", "device", "cohort_device", "cohort_dir"),
 )
 LISTS = ("ckpt_path", "segmentation_path", "start_path", "formats")
 FLAG = re.compile("--|-[a-zA-Z]")  # how an option begins: -1 is a number

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import hashlib
 import os
 import platform
 import shutil
@@ -82,6 +83,26 @@ def written_whole(path: Path, mode: str = "w") -> Iterator[IO]:
             os.close(folder)
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}); mend that and run again") from error
+
+
+def write_sealed(path: Path, data: bytes | memoryview) -> None:
+    """Write a file, see `written_whole`, that ends in the SHA-256 of its bytes."""
+    with written_whole(path, "wb") as file:
+        file.write(data)
+        file.write(hashlib.sha256(data).digest())
+
+
+def read_sealed(path: Path) -> memoryview:
+    """What `write_sealed` wrote, without its end.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    data = memoryview(path.read_bytes())
+    seal = hashlib.sha256().digest_size
+    if hashlib.sha256(data[:-seal]).digest() != data[-seal:]:
+        raise ValueError("its SHA-256 does not fit")
+    return data[:-seal]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from scripts.study.tables import collect
 from scripts.study.watch import STOPPED, watch
 
 OWN = ("dataset_dir", "output_dir", "ckpt_dir", "ckpt_path", "fold", "fold_count", "resume", "split", "weights_name")
-PATHS = ("initial_weights", "segmentation_path")
+PATHS = ("initial_weights", "segmentation_path", "cohort_dir")
 OPTIONS = ("dataset_dir", "output_dir", "folds", "variants", "fold_seed", "address", "cores_per_fold", "only", "base")
 TABLES = ("cases.csv", "landmarks.csv", "patients.csv", "statistics.csv", "folds.json")
 

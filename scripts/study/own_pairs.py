@@ -43,6 +43,7 @@ def learn(
     data: Mapping[str, Any] | None = None,
     iterations: Mapping[str, int] | None = None,
     cores: int | None = None,
+    cohort_device: str | None = None,
 ) -> int:
     """Train and test both stages on every fold, print the estimate and write the overlay that registers with them.
 
@@ -50,6 +51,7 @@ def learn(
         data: settings that say how the data set is read, for both stages; see `scripts.__main__.learn`.
         iterations: steps of a stage, by its name, other than its config says.
         cores: to use; None for all.
+        cohort_device: where the trainings keep the pairs, see configs/train.json; networks are the same.
 
     Returns:
         How many trainings failed.
@@ -74,7 +76,7 @@ def learn(
     print(f"{pairs} pairs of {patients} patients, {fold_count} folds, {at_once} at a time", flush=True)
     glands: list[Run] = []
     for number, (stage, configs) in enumerate(STAGES.items(), 1):
-        settings = dict(data)
+        settings = data | ({"cohort_device": cohort_device} if cohort_device else {})
         if stage in (iterations or {}):
             settings |= {"iterations": iterations[stage], "epoch_length": min(EPOCH, iterations[stage])}
         if glands:

@@ -151,7 +151,8 @@ def runs_of(variants: Mapping[str, list[Path]], plan: dict[str, Any], dataset: s
             place = {"dataset_dir": dataset, "fold": fold, "fold_count": len(plan["folds"])}
             place["fold_seed"] = plan["fold_seed"]
             given = {k: in_fold(v, fold) for k, v in plan["settings"].items()}
-            training = place | {"output_dir": str(folder), "ckpt_dir": str(folder), "weights_name": WEIGHTS} | given
+            training = place | {"output_dir": str(folder), "ckpt_dir": str(folder), "weights_name": WEIGHTS}
+            training |= {"cohort_dir": str(output / "cohort")} | given  # folds share what they keep of a pair
             scoring = place | {"output_dir": str(folder / "evaluation"), "ckpt_path": str(folder / WEIGHTS)}
             scoring |= {k: v for k, v in given.items() if k.split("#")[0] in shared}
             learns = declared.get("iterations") != 0

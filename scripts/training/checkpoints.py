@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import signal
 import sys
@@ -18,11 +17,10 @@ from ignite.distributed import all_reduce
 from ignite.engine import Engine, Events
 
 from scripts.data.checks import INTERRUPTED, InputError
-from scripts.data.files import written_whole
+from scripts.data.files import read_sealed, write_sealed
 from scripts.training.failures import too_large
 
 STOPPED = 143  # exit code of a run that SIGTERM stopped and that has saved its place: 128 + 15, as shells say it
-DIGEST = hashlib.sha256().digest_size  # bytes
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -32,9 +30,7 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: it is damaged: the SHA-256 in its last 32 bytes is not that of the bytes before.
         UnpicklingError: it holds more than plain values and tensors.
     """
-    data = memoryview(path.read_bytes())
-    if hashlib.sha256(data[:-DIGEST]).digest() != data[-DIGEST:]:  # torch itself opens a file with flipped bits
-        raise ValueError("its SHA-256 does not fit")
+    data = read_sealed(path)  # torch itself opens a file with flipped bits
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
@@ -166,8 +162,6 @@ class Checkpoints:
         content |= {"random": torch.get_rng_state(), "cuda_random": torch.cuda.get_rng_state_all()}
         buffer = io.BytesIO()
         torch.save(content, buffer)
-        with written_whole(path, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.write(hashlib.sha256(buffer.getbuffer()).digest())
+        write_sealed(path, buffer.getbuffer())
         for path in self.found()[: -self.keep]:
             path.unlink()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from scripts.data.checks import InputError
-from scripts.data.gate import leave_interrupts, read
+from scripts.data.gate import leave_interrupts
 from scripts.network import fields
 from scripts.phantoms.clinical import draw_grids
 from scripts.phantoms.phantom import MODES, PhantomPair, simulate_pair
 from scripts.registration.transforms import from_grid
+from scripts.training.on_disk import InFile, kept, on_device, stored
 
 SIDES = ("moving", "fixed")
 MIXTURES = {"mixed": ("realistic", "randomised"), "all": MODES}
@@ -83,15 +85,15 @@ class SimulatedPairs(Dataset):
 
 
 class Pool:
-    """Pairs to draw from: a cohort that is read once, and simulated pairs, the oldest replaced every few batches.
+    """Pairs to draw from: a cohort, and simulated pairs, the oldest replaced every few batches.
 
     Args:
-        dataset: the cohort; may be empty where pairs are simulated.
+        pairs: what is kept of the cohort; may be empty where pairs are simulated.
         simulated: makes a new pair for each index, without end; None to draw from the cohort alone.
         share: of the draws that are simulated pairs.
         size: simulated pairs kept at a time.
-        keep: what to keep of a pair.
-        num_workers: processes that read the cohort, and then make simulated pairs ahead; 0 for this one.
+        keep: what to keep of a simulated pair.
+        num_workers: processes that make simulated pairs ahead; 0 for this one.
         renewal: batches until the oldest simulated pair is replaced by a new one.
 
     Raises:
@@ -100,7 +102,7 @@ class Pool:
 
     def __init__(
         self,
-        dataset: Dataset,
+        pairs: Sequence[dict[str, Any]],
         simulated: Dataset | None,
         share: float,
         size: int,
@@ -108,11 +110,7 @@ class Pool:
         num_workers: int = 0,
         renewal: int = 4,
     ) -> None:
-        self.pairs = []
-        for pair in tqdm(read(dataset, num_workers), desc="Reading", unit="pair", disable=len(dataset) < 2):
-            if isinstance(pair, InputError):
-                raise pair
-            self.pairs.append(keep(pair))
+        self.pairs = pairs
         self.simulated, self.keep, self.renewal, self.share = simulated, keep, renewal, share if self.pairs else 1.0
         self.num_workers = num_workers
         count = range(size if simulated is not None and self.share > 0 else 0)
@@ -205,6 +203,8 @@ class CohortLoader:
         num_workers: processes that read the files, and make simulated pairs ahead.
         simulated, share, pool, renewal: see `Pool`.
         rank, world_size: which of how many processes this is.
+        folder: where what is kept of the cohort lies, see `scripts.training.on_disk`, in place of the device's memory;
+            simulated pairs are in memory.
 
     Raises:
         InputError: no pair, a pair without a label that can be drawn, or a batch that cannot be shared out evenly.
@@ -225,6 +225,7 @@ class CohortLoader:
         renewal: int = 4,
         rank: int = 0,
         world_size: int = 1,
+        folder: str | None = None,
     ) -> None:
         if batch_size % world_size:
             raise InputError(f"batch_size {batch_size}: {world_size} processes cannot share it evenly; give a multiple")
@@ -235,7 +236,13 @@ class CohortLoader:
         self.device = torch.device(device)
         self.augmentation = augmentation
         self.random = np.random.default_rng(seed)
-        self.pool = Pool(dataset, simulated, share, pool, self._keep, num_workers, renewal)
+        if folder is None:
+            keep = partial(self._keep, device=self.device)
+            pairs = list(kept(dataset, keep, num_workers, "Reading"))
+        else:
+            keep = partial(self._keep, device=torch.device("cpu"))
+            pairs = stored(folder, dataset, keep, (type(self), self._kept_by()), num_workers)
+        self.pool = Pool(pairs, simulated, share, pool, partial(self._keep, device=self.device), num_workers, renewal)
 
     def __len__(self) -> int:
         return self.epoch_length
@@ -250,8 +257,12 @@ class CohortLoader:
         self.random.bit_generator.state = json.loads(state["random"])
         self.pool.load_place(state["made"], state["batches"])
 
-    def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """What of a pair stays on the device: images in float32, labels in uint8, and the maps from its grid."""
+    def _kept_by(self) -> dict[str, Any]:
+        """Settings that `_keep` depends on."""
+        return {}
+
+    def _keep(self, data: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+        """What is kept of a pair, on a device: images in float32, labels in uint8, and the maps from its grid."""
         pair = {k: data[k] for k in ("case", "spacing")} | {"size": tuple(data["grid_size"])}
         present = []
         for side in SIDES:
@@ -263,15 +274,15 @@ class CohortLoader:
                 found = gland.as_tensor()[None].float()
                 found = fields.resample(found, to_gland, image.shape[1:], padding_mode="outside")
                 volume = torch.cat([volume, found[0].to(volume)])
-            pair[side]["image"] = volume.to(self.device)
-            label = data[f"{side}_label"].as_tensor().to(self.device)
+            pair[side]["image"] = volume.to(device)
+            label = data[f"{side}_label"].as_tensor().to(device)
             on_grid = fields.resample(
                 label[None].float(), pair[side]["to_volume"], pair["size"], padding_mode="outside"
             )
             present.append((on_grid[0] >= 0.5).flatten(1).any(1).tolist())
             pair[side]["label"] = label.to(torch.uint8)
-        pair["drawable"] = np.flatnonzero(np.all(present, axis=0))
-        if not len(pair["drawable"]):
+        pair["drawable"] = np.flatnonzero(np.all(present, axis=0)).tolist()
+        if not pair["drawable"]:
             raise InputError(f"{pair['case']}: no label is present in both images on the working grid")
         return pair
 
@@ -303,16 +314,18 @@ class CohortLoader:
         self, pair: Mapping[str, Any], size: Sequence[int], m: int, affines: Sequence[Tensor]
     ) -> dict[str, Tensor]:
         """Both images of a pair, with their glands, and its label `m` on a grid of `size`, each (1, C, *size)."""
-        own = pair["size"]
+        own = tuple(pair["size"])
         low = [(n - k) // 2 for n, k in zip(size, own, strict=True)]
         from_padded, to_normalised = torch.eye(4, dtype=torch.float64), fields.normalised(own)
         from_padded[:3, 3] = -torch.tensor(low, dtype=torch.float64)
         volumes = {}
         for side, affine in zip(SIDES, affines, strict=True):
             moved = torch.linalg.inv(to_normalised) @ affine @ to_normalised @ from_padded
-            kept = pair[side]
-            volume = torch.cat([kept["image"], kept["label"][m : m + 1].to(kept["image"].dtype)])[None]
-            to_volume = kept["to_volume"] @ moved
+            image, label, to_volume = (pair[side][key] for key in ("image", "label", "to_volume"))
+            label = label.part(m, m + 1) if isinstance(label, InFile) else label[m : m + 1]
+            image, label = (on_device(one, self.device) for one in (image, label))
+            volume = torch.cat([image, label.to(image.dtype)])[None]
+            to_volume = to_volume @ moved
             padding = ["border"] + ["outside"] * (volume.shape[1] - 1)
             sampled = fields.resample(volume, to_volume, size, padding_mode=padding)
             if tuple(size) != own:

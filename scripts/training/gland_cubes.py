@@ -19,6 +19,7 @@ from scripts.registration.orientation import upright_axes
 from scripts.registration.segmentation import SIDE, WHOLE, close_up, coarsened, cube_affine, frame, standardised
 from scripts.training.cohort import SIDES
 from scripts.training.cubes import KNOTS, CubeLoader, bent, moved, seen
+from scripts.training.on_disk import on_device
 
 PASSES = ((False, WHOLE), (True, WHOLE), (True, SIDE))  # close to the gland or not, and voxels along an edge
 SHARES = (0.25, 0.35, 0.4)  # of the batches
@@ -91,7 +92,7 @@ class GlandLoader(CubeLoader):
         often = np.sqrt([len(group) for group in self.groups])
         self.often = often / often.sum()
 
-    def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def _keep(self, data: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         """What each of the passes needs of a volume, or of the two of a simulated pair."""
         if "image" in data:
             parts = [(data["image"], data["label"])]
@@ -99,7 +100,7 @@ class GlandLoader(CubeLoader):
             parts = [(data[f"{side}_image"], data[f"{side}_label"]) for side in SIDES]
         item = {"case": data["case"], "group": data.get("group"), "volumes": []}
         for image, label in parts:
-            gland = label[:1].as_tensor().to(self.device, torch.float32)
+            gland = label[:1].as_tensor().to(device, torch.float32)
             if not gland.any():
                 raise InputError(f"{data['case']}: label 0, the gland, is empty")
             dark = image.as_tensor().to(gland)
@@ -117,9 +118,10 @@ class GlandLoader(CubeLoader):
             cases, volumes = zip(*[self._drawn() for _ in range(self.batch_size)], strict=True)
             change = {key: value[self.mine] for key, value in self._changes(*PASSES[number]).items()}
             self.pool.renew()
-            shown = [volume[number] for volume in volumes]
+            shown = [Kept(*volume[number]) for volume in volumes]
             size = [max(one.volume.shape[axis] for one in shown) for axis in range(1, 4)]
-            batch = self._batch(shown[self.mine], size, change, PASSES[number][1])
+            shown = [Kept(*(on_device(part, self.device) for part in one)) for one in shown[self.mine]]
+            batch = self._batch(shown, size, change, PASSES[number][1])
             yield batch | {"case": list(cases[self.mine])}
 
     def _drawn(self) -> tuple[str, Sequence[Kept]]:

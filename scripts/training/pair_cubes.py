@@ -21,6 +21,7 @@ from scripts.network import fields
 from scripts.registration.segmentation import CLOSE, NOMINAL, close_up, coarsened, cube_affine, frame, moments
 from scripts.training.cohort import SIDES
 from scripts.training.cubes import KNOTS, CubeLoader, bent, moved, rotation, seen
+from scripts.training.on_disk import on_device
 
 MARGIN = {"fixed": 1.25, "moving": 1.5}  # of the cubes that are kept, so that what is turned or moved is still there
 START = {"shift": 2.2, "stretch": 0.05, "turn": 3.0}  # error of a learned start: mm, relative, degrees; per axis
@@ -68,7 +69,10 @@ class PairCubeLoader(CubeLoader):
         self.side, self.start_error, self.warp = side, start_error, warp
         super().__init__(*arguments, augmentation=augmentation, **named)
 
-    def _keep(self, data: Mapping[str, Any]) -> dict[str, Any]:
+    def _kept_by(self) -> dict[str, Any]:
+        return {"side": self.side}
+
+    def _keep(self, data: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
         """Image and gland of either side in its cube, half precision, and the labels' centroids from its centre."""
         fixed_gland = data["fixed_label"][:1]
         if not fixed_gland.any() or not data["moving_label"][:1].any():
@@ -90,11 +94,11 @@ class PairCubeLoader(CubeLoader):
                 to_volume = torch.linalg.inv(volume.affine.double()) @ cube
                 volumes.append(fields.resample(volume.as_tensor()[None], to_volume, [side] * 3, padding_mode=padding))
             image = volumes[0] - volumes[0].amin()
-            kept[name] = torch.cat([image / image.amax().clamp_min(1e-6), *volumes[1:]], 1)[0].half().to(self.device)
+            kept[name] = torch.cat([image / image.amax().clamp_min(1e-6), *volumes[1:]], 1)[0].half().to(device)
             centroids = torch.stack([moments(data[f"{name}_label"][m : m + 1])[0] for m in both])
             to_cube = torch.linalg.inv(to_world @ cube_affine(centre, axes, length, self.side))
             points = centroids @ to_cube[:3, :3].T + to_cube[:3, 3] - (self.side - 1) / 2
-            kept[f"{name}_points"] = points.float().to(self.device)
+            kept[f"{name}_points"] = points.float().to(device)
         return kept
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -102,7 +106,11 @@ class PairCubeLoader(CubeLoader):
             pairs = self._drawn()
             self.pool.renew()
             changes = self._changes()
-            yield self._batch(pairs[self.mine], {key: value[self.mine] for key, value in changes.items()})
+            pairs = [
+                {key: part if key == "case" else on_device(part, self.device) for key, part in pair.items()}
+                for pair in pairs[self.mine]
+            ]
+            yield self._batch(pairs, {key: value[self.mine] for key, value in changes.items()})
 
     def _drawn(self) -> list[dict[str, Any]]:
         return [self.pool.draw(self.random) for _ in range(self.batch_size)]

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ def test_one_command_learns_both_stages_says_what_held_out_pairs_gain_and_its_re
     tmp_path,
 ):
     dataset, out = unsplit / "train", tmp_path / "learned"
-    said = run("scripts", "learn", str(dataset), "--output_dir", str(out), *STEPS).stdout
+    said = run("scripts", "learn", str(dataset), "--output_dir", str(out), *STEPS, "--cohort_device", "disk").stdout
     assert "4 pairs of 4 patients, 2 folds" in said and "Research use only" in said and "initial transform" in said
     cases = list(csv.DictReader((out / "cases.csv").open()))
     assert len({row["case"] for row in cases}) == 4 and all(float(row["spread_mm"]) >= 0 for row in cases)
@@ -42,6 +43,9 @@ def test_one_command_learns_both_stages_says_what_held_out_pairs_gain_and_its_re
         assert f"runs/segmentation/fold{fold}/model.pt" in log and f"segmentation/fold{1 - fold}" not in log
         assert f"fold{fold}" in weights["segmentation_path"][fold] and f"fold{fold}" in weights["ckpt_path"][fold]
     before = {path: path.stat().st_mtime_ns for path in out.rglob("model.pt")}
+    # the folds' gland networks share the eight images; each second stage has the glands that its own network finds
+    assert sorted(len(list(folder.iterdir())) for folder in (out / "cohort").iterdir()) == [2, 2, 8]
+    shutil.rmtree(out / "cohort")
     again = run("scripts", "learn", str(dataset), "--output_dir", str(out), *STEPS).stdout
     assert again.splitlines()[-8:] == said.splitlines()[-8:]
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("model.pt")} and len(before) == 4

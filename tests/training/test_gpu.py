@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from monai.data import Dataset
 
 from scripts.data.checks import InputError
 from scripts.network.losses import BendingEnergy, LabelDrivenLoss, LandmarkDrivenLoss, MultiscaleDiceLoss
@@ -104,6 +105,25 @@ def test_neither_a_batch_nor_its_forward_and_backward_pass_waits_for_the_gpu(kin
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def simulated(item):
+    return WithGlands("realistic", 7)[item["number"]] | item
+
+
+@pytest.mark.parametrize("kind", [GlandLoader, PairCubeLoader])
+def test_a_batch_from_disk_is_that_from_memory_and_does_not_wait_for_the_gpu(kind, tmp_path):
+    pairs = Dataset([{"case": str(k), "number": k} for k in range(3)], simulated)
+    memory, disk = (iter(kind(pairs, 2, 4, GPU, folder=folder)) for folder in (None, tmp_path))
+    for _ in range(3):  # the first times allocate
+        one, other = next(memory), next(disk)
+        assert one["case"] == other["case"] and other["image"].device.type == GPU
+        torch.testing.assert_close(one["image"], other["image"], rtol=0, atol=1e-2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        next(disk)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
