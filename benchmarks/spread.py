@@ -8,20 +8,24 @@ cases.csv is of `configs/evaluate.json`, over pairs that the networks have not s
 from __future__ import annotations
 
 import argparse
-import csv
 import math
+import sys
+from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
-from scipy.stats import spearmanr
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+from scipy.stats import spearmanr  # noqa: E402
+
+from scripts.study.statistics import read_cases  # noqa: E402
 
 SPREAD, ERROR = "spread_mm", "tre_with_gland_mm"
 
 
 def read(path: str) -> np.ndarray:
     """Spread and TRE with the gland of each case, mm, (cases, 2); those that lack either are left out."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [[float(row.get(name) or "nan") for name in (SPREAD, ERROR)] for row in csv.DictReader(file)]
+    rows = [[float(row.get(name) or "nan") for name in (SPREAD, ERROR)] for row in read_cases(path).values()]
     return np.array([row for row in rows if not any(map(math.isnan, row))])
 
 

@@ -6,9 +6,9 @@ import shlex
 from pathlib import Path
 
 from scripts.cohorts import folder, mrus, regpro, tcia
-from scripts.cohorts.writing import CASES, LEFT_OUT, processes, write
+from scripts.cohorts.writing import CASES, LEFT_OUT, write
 from scripts.data.checks import InputError
-from scripts.data.gate import check_dataset
+from scripts.data.gate import check_dataset, processes
 
 FIND = {"tcia": tcia.find, "mrus": mrus.find, "regpro": regpro.find, "folder": folder.find}
 OPTIONS = {

@@ -9,7 +9,6 @@ DIR/fixed_labels/CASE.nii.gz    likewise         DIR/SOURCE.txt     licence, cit
 from __future__ import annotations
 
 import csv
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -223,8 +222,3 @@ def smallest_type(values: np.ndarray) -> np.dtype:
     if max(abs(low), high) >= 2**24 or not (values == np.round(values)).all():
         return np.dtype(np.float32)
     return np.result_type(np.min_scalar_type(int(low)), np.min_scalar_type(int(high)))
-
-
-def processes(num_workers: int | None) -> int:
-    """How many processes: the number that is given, or one per core, 8 at most."""
-    return min(8, os.cpu_count() or 1) if num_workers is None else num_workers

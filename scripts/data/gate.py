@@ -37,6 +37,11 @@ class Gated(Dataset):
             return InputError(str(found))  # without what it was raised from, which no other process can read
 
 
+def processes(num_workers: int | None) -> int:
+    """How many processes read: the number that is given, or one per core, 8 at most."""
+    return min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+
+
 def read(dataset: Dataset, num_workers: int = 0) -> DataLoader:
     """The items of a data set in their order, read by `num_workers` processes, see `Gated`."""
     return DataLoader(Gated(dataset), batch_size=None, num_workers=num_workers, worker_init_fn=leave_interrupts)
@@ -131,7 +136,7 @@ def check_dataset(
         for pair in datalist(dataset_dir, split, labels, patient_pattern=patient_pattern):
             found.setdefault((pair["moving_image"], pair["fixed_image"]), (split, pair))
     splits, pairs = zip(*found.values(), strict=True)
-    workers = min(8, os.cpu_count() or 1, len(pairs)) if num_workers is None else num_workers
+    workers = min(processes(None), len(pairs)) if num_workers is None else num_workers
     gated = Findings(pairs, label_values, **options)
     findings = DataLoader(gated, batch_size=None, num_workers=workers, worker_init_fn=leave_interrupts)
     rows, refused, repaired = [], 0, 0

@@ -180,10 +180,10 @@ def _read_by_vtk(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
         raise InputError(f"{path}: a face has {odd[0]} corners; triangulate it first")
     vertices = vtk_to_numpy(mesh.GetPoints().GetData()).astype(np.float64)
     faces = vtk_to_numpy(mesh.GetPolys().GetConnectivityArray()).astype(np.int64).reshape(-1, 3)
-    if path.suffix.lower() == ".stl" and path.stat().st_size == 84 + 50 * len(
-        faces
-    ):  # binary, which VTK does not count
-        stated = int.from_bytes(path.read_bytes()[80:84], "little")
+    # of a binary STL, which VTK does not count
+    if path.suffix.lower() == ".stl" and path.stat().st_size == 84 + 50 * len(faces):
+        with path.open("rb") as file:
+            stated = int.from_bytes(file.read(84)[80:], "little")
         if stated > len(faces):
             raise InputError(f"{path}: {len(faces)} of the {stated} triangles that it states; it is cut short")
     return vertices, faces, _header(reader, mesh)

@@ -60,6 +60,28 @@ def backward(steps: Sequence[Step], points: Tensor) -> tuple[Tensor, Tensor, lis
     return found, residual, status
 
 
+def carried(through: Callable, world: Tensor) -> tuple[Tensor, Tensor, list[str]]:
+    """Points in the other image, NaN of those without a place here or there.
+
+    Args:
+        through: `forth` or `backward` of a transform.
+        world: shape (N, 3), float64, RAS mm; NaN where there is no position.
+
+    Returns:
+        The same shape; the residuals of an inverse in mm, shape (N,); and what is wrong with each, "ok" if nothing is.
+    """
+    there = ~world.isnan().any(dim=1)
+    residuals, status = torch.full((len(world),), torch.nan, dtype=torch.float64), ["no position"] * len(world)
+    moved, residuals[there], states = through(world[there].T[None, :, :, None, None])
+    result = world.clone()
+    result[there] = moved[0, :, :, 0, 0].T
+    for index, state in zip(there.nonzero().flatten().tolist(), states, strict=True):
+        status[index] = state
+        if state != "ok":
+            result[index] = torch.nan
+    return result, residuals, status
+
+
 def apply_to_points(
     steps: Sequence[Step],
     transforms: Sequence[str],
@@ -74,16 +96,8 @@ def apply_to_points(
     if not output.lower().endswith(kind):
         raise InputError(f"{output}: the points of {points} are written as {kind}; choose a name that ends so")
     there = ~found.world.isnan().any(dim=1)
-    points_in = found.world[there].T[None, :, :, None, None]
-    residuals, status = torch.full((len(found.world),), torch.nan, dtype=torch.float64), ["no position"] * len(there)
     through = partial(forth if points_from == "fixed" else backward, steps)
-    moved, residuals[there], states = through(points_in)
-    result = found.world.clone()
-    result[there] = moved[0, :, :, 0, 0].T
-    for index, state in zip(there.nonzero().flatten().tolist(), states, strict=True):
-        status[index] = state
-        if state != "ok":
-            result[index] = torch.nan
+    result, residuals, status = carried(through, found.world)
     more = [] if found.radii is None else [_targets(found, result, points_from, through, transforms)]
     try:
         found.save(Path(output), result, residuals, status, *more)

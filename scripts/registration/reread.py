@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,13 @@ from torch import Tensor
 from scripts.data.checks import InputError
 from scripts.data.datalist import LABELS
 from scripts.data.files import readable
-from scripts.data.formats import Step, forward, read_transform
+from scripts.data.formats import Step, read_transform
 from scripts.data.pairs import LoadPaird
 from scripts.data.points import read_points
 from scripts.data.volumes import load_volume
 from scripts.network import fields
-from scripts.registration.apply_points import backward
+from scripts.registration.apply import warp
+from scripts.registration.apply_points import backward, carried
 from scripts.registration.outputs import fingerprint
 from scripts.registration.transforms import as_declared
 
@@ -73,17 +75,10 @@ def read(folder: Path, fixed: str | None, moving: str | None) -> Reread:
 
 def pulled(shown: Reread, volume: MetaTensor, affine: Tensor, size: Sequence[int]) -> Tensor:
     """A volume of the moving image's grid, registered, on a grid of the fixed world as declared: (C, *size)."""
-    to_header = torch.linalg.inv(as_declared(shown.pair, "fixed"))
     image = shown.pair["moving_image"]
-    to_voxel = torch.linalg.inv(torch.as_tensor(shown.pair.get("moving_header", image.affine)).double())
-    slabs = []
-    for first, count in fields.slabs(size):
-        voxels = fields.identity_grid((count, *size[1:]), torch.float64, "cpu")[None]
-        voxels[:, 0] += first
-        there, known = forward(shown.steps, fields.transform_points(to_header @ affine, voxels))
-        points = fields.transform_points(to_voxel, there)
-        slabs.append((fields.sample(volume.as_tensor()[None].double(), points, padding_mode="outside") * known)[0])
-    return torch.cat(slabs, 1).float()
+    header = torch.as_tensor(shown.pair.get("moving_header", image.affine)).double()
+    to_header = torch.linalg.inv(as_declared(shown.pair, "fixed"))
+    return warp(shown.steps, MetaTensor(volume.as_tensor(), affine=header), to_header @ affine, size)
 
 
 def targets_of(shown: Reread, points: str, points_from: str, coordinates: str | None) -> Iterator[tuple[str, Tensor]]:
@@ -91,17 +86,13 @@ def targets_of(shown: Reread, points: str, points_from: str, coordinates: str | 
     found = read_points(readable(points), coordinates)
     if found.what != "points":
         raise InputError(f"{points}: {found.what} of a surface; the page lists points: give their table")
-    world, states = found.world.T[None, :, :, None, None].clone(), ["ok"] * len(found.world)
-    there = ~found.world.isnan().any(1)
+    world, status = found.world, ["no position" if one.isnan().any() else "ok" for one in found.world]
     if points_from == "moving":
-        back, _, known = backward(shown.steps, world[:, :, there])
-        world[:, :, there] = back
-        for index, state in zip(there.nonzero().flatten().tolist(), known, strict=True):
-            states[index] = state
-    world = fields.transform_points(as_declared(shown.pair, "fixed"), world)[0, :, :, 0, 0].T
+        world, _, status = carried(partial(backward, shown.steps), world)
+    world = fields.transform_points(as_declared(shown.pair, "fixed"), world.T[None, :, :, None, None])[0, :, :, 0, 0].T
     names = found.names or [f"point {k + 1}" for k in range(len(world))]
-    for name, point, state in zip(names, world, states, strict=True):
-        if state == "ok" and not point.isnan().any():
+    for name, point, state in zip(names, world, status, strict=True):
+        if state == "ok":
             yield name, point
         else:
-            shown.remarks.append(f"{name} is not shown: {'no position' if state == 'ok' else state}.")
+            shown.remarks.append(f"{name} is not shown: {state}.")

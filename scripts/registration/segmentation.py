@@ -81,9 +81,18 @@ def on_cube(volume: MetaTensor, affine: Tensor, side: int = SIDE) -> Tensor:
         affine: voxel of the cube -> world, see `cube_affine`.
         side: voxels of the cube along each axis.
     """
+    return on_grid(volume, affine, [side] * 3)
+
+
+def on_grid(volume: MetaTensor, affine: Tensor, size: Sequence[int]) -> Tensor:
+    """A volume (C, X, Y, Z) on another grid, zero outside: (1, C, *size), each voxel the mean of what it covers.
+
+    Args:
+        affine: voxel -> world of the grid, shape (4, 4), float64.
+    """
     coarse = coarsened(volume, affine)
     to_coarse = torch.linalg.inv(coarse.affine.double()) @ affine
-    return fields.resample(coarse.as_tensor()[None], to_coarse, [side] * 3, padding_mode="outside")
+    return fields.resample(coarse.as_tensor()[None], to_coarse, size, padding_mode="outside")
 
 
 def on_black(volume: MetaTensor) -> MetaTensor:

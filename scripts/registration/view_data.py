@@ -28,7 +28,7 @@ from scripts.registration.initial_transform import read_initial_transform
 from scripts.registration.metrics import centroid
 from scripts.registration.outputs import GLANDS
 from scripts.registration.reread import Reread, pulled
-from scripts.registration.segmentation import coarsened
+from scripts.registration.segmentation import on_grid
 from scripts.registration.transforms import as_declared
 
 OUTLINE = 3.0  # mm around a gland's outline in which the distance to it is kept
@@ -63,7 +63,7 @@ def shown_data(
         return MetaTensor(volume.as_tensor(), affine=torch.linalg.inv(centred) @ moving.affine.double())
 
     images = {"fixed": fixed, "after": shown.warped, "before": unmoved(moving)}
-    grey = {name: on_grid(image, affine, size)[0] for name, image in images.items()}
+    grey = {name: on_grid(image, affine, size)[0, 0].numpy() for name, image in images.items()}
     ends, windows = {}, {}
     for side, image in (("trus", fixed), ("mr", moving)):
         ends[side] = np.percentile(image.numpy(), (0.1, 99.9))
@@ -111,13 +111,6 @@ def grid_of(image: MetaTensor, voxels: int) -> tuple[Tensor, list[int]]:
     return affine, size.int().tolist()
 
 
-def on_grid(volume: MetaTensor, affine: Tensor, size: Sequence[int]) -> NDArray:
-    """A volume (C, …) on the page's grid, zero outside: (C, *size)."""
-    coarse = coarsened(volume, affine)
-    to_coarse = torch.linalg.inv(coarse.affine.double()) @ affine
-    return fields.resample(coarse.as_tensor()[None].float(), to_coarse, size, padding_mode="outside")[0].numpy()
-
-
 def rounded(mask: MetaTensor) -> MetaTensor:
     """A binary mask (1, X, Y, Z) in [0, 1], 0.5 at its outline, that has no steps between thick slices.
 
@@ -158,16 +151,16 @@ def _masks(shown: Reread, affine: Tensor, size: list[int], unmoved: Any) -> Iter
     if found:
         moving, fixed = (rounded(load_volume(str(shown.folder / name))) for name in GLANDS)
         fixed = MetaTensor(fixed.as_tensor(), affine=shown.pair["fixed_image"].affine)
-        yield mask("glands", "fixed", on_grid(fixed, affine, size)[0])
+        yield mask("glands", "fixed", on_grid(fixed, affine, size)[0, 0].numpy())
         yield mask("glands", "moving", pulled(shown, moving, affine, size)[0].numpy(), "after")
-        yield mask("glands", "moving", on_grid(unmoved(moving), affine, size)[0], "before")
+        yield mask("glands", "moving", on_grid(unmoved(moving), affine, size)[0, 0].numpy(), "before")
     if "fixed_label" in labelled:
-        for values in on_grid(labelled["fixed_label"], affine, size):
+        for values in on_grid(labelled["fixed_label"], affine, size)[0].numpy():
             yield mask("labels", "fixed", values)
     if "moving_label" in labelled:
         for values in pulled(shown, labelled["moving_label"], affine, size).numpy():
             yield mask("labels", "moving", values, "after")
-        for values in on_grid(unmoved(labelled["moving_label"]), affine, size):
+        for values in on_grid(unmoved(labelled["moving_label"]), affine, size)[0].numpy():
             yield mask("labels", "moving", values, "before")
 
 

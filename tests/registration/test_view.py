@@ -20,8 +20,9 @@ from scripts.data.volumes import save_volume
 from scripts.network import fields
 from scripts.registration import view as module
 from scripts.registration.index import write_index
+from scripts.registration.segmentation import on_grid
 from scripts.registration.view import LARGEST, view
-from scripts.registration.view_data import grid_of, on_grid, rounded
+from scripts.registration.view_data import grid_of, rounded
 
 HOSTILE = "<img src=x onerror=document.title='run'>&\"'$x`${1}`"
 CHEAP = {"initial_transform": "header", "spacing": 4.0, "refine_steps": 0, "use_network": False, "weights": None}
@@ -310,7 +311,7 @@ def test_what_is_shown_lies_where_it_lies_in_the_file_however_that_is_stored(axe
     assert np.prod(size) <= voxels and nib.aff2axcodes(affine.numpy()) == ("R", "A", "S")
     inside = (slice(None), *(slice(2, -2),) * 3)
     expected = torch.einsum("i,ixyz->xyz", slope, fields.world_grid(size, affine)[0])[None]
-    np.testing.assert_allclose(on_grid(image, affine, size)[inside], expected[inside], atol=0.01)
+    np.testing.assert_allclose(on_grid(image, affine, size)[0][inside], expected[inside], atol=0.01)
 
 
 def test_an_outline_between_thick_slices_is_between_theirs():
