@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 import warm
@@ -144,12 +145,12 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(replica):
     replica.add_trus(11, Modality="OT")
     lost = replica.add_mr(12)
     replica.add_trus(12)
-    next(path for path in replica.root.rglob("*.dcm") if lost[-5:] in str(path)).unlink()
-    middle = sorted(path for path in replica.root.rglob("*.dcm") if lost[-5:] in str(path))
-    middle[len(middle) // 2].unlink()
+    slices = [path for path in replica.root.rglob("*.dcm") if f"MRI {lost[-5:]}" in str(path)]
+    slices.sort(key=lambda path: pydicom.dcmread(path).InstanceNumber)  # their names are in no order
+    slices[len(slices) // 2].unlink()
     gone = replica.add_mr(13)
     replica.add_trus(13)
-    for path in [path for path in replica.root.rglob("*.dcm") if gone[-5:] in str(path)]:
+    for path in [path for path in replica.root.rglob("*.dcm") if f"MRI {gone[-5:]}" in str(path)]:
         path.unlink()
     out = made(replica)
     assert [row["patient"] for row in table(out / "cases.csv")] == [replica.patient(1)]
