@@ -2,10 +2,10 @@
 
 python benchmarks/feeding.py [--against f99a59f]
 
-Batches of cubes of eight phantoms, as the gland network (`GlandLoader`) and the second stage (`PairCubeLoader`) see
-them. On a GPU each operation is a kernel or more to be launched by Python, and each read of a number or of text waits
-until the device has come so far: what they cost there is counted here, without one. (The four reads of the second stage
-are in the CPU's own inversion of matrices.)
+Batches of eight phantoms: cubes as the gland network (`GlandLoader`) and the second stage (`PairCubeLoader`) see them,
+grids of 2.4 mm as the paper's networks do (`CohortLoader`). On a GPU each operation is a kernel or more to be launched
+by Python, and each read of a number or of text waits until the device has come so far: what they cost there is counted
+here, without one. (The reads that are left are of the CPU's own inversion of matrices.)
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ def counts(batches: int = 12) -> list[dict]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from scripts.training.cohort import SimulatedPairs
+    from scripts.registration.transforms import PlanFixedGridd
+    from scripts.training.cohort import CohortLoader, SimulatedPairs
     from scripts.training.gland_cubes import GlandLoader
     from scripts.training.pair_cubes import PairCubeLoader
 
     torch.set_num_threads(1)
     pairs, rows = SimulatedPairs("realistic", seed=1), []
     made = [pairs[k] for k in range(8)]
-    for loader, named in ((GlandLoader, {"misoriented_share": 0.3}), (PairCubeLoader, {})):
+    planned = [PlanFixedGridd(2.4)(pair) for pair in made]
+    loaders = (GlandLoader, made, {"misoriented_share": 0.3}), (PairCubeLoader, made, {}), (CohortLoader, planned, {})
+    for loader, made, named in loaders:
         for size in SIZES:
             batch = iter(
                 loader([], size, 2 * batches, "cpu", simulated=made, share=1.0, pool=8, renewal=10**6, **named)

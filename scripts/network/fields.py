@@ -52,7 +52,9 @@ def _sample(image: Tensor, grid: Tensor, mode: str, padding_mode: str | Sequence
     return _grid_sample(image, grid, mode, "border") * counts
 
 
-def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: str = "border") -> Tensor:
+def sample(
+    image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: str | Sequence[str] = "border"
+) -> Tensor:
     """Values of an image at voxel coordinates.
 
     Args:
@@ -60,7 +62,8 @@ def sample(image: Tensor, points: Tensor, mode: str = "bilinear", padding_mode: 
         points: shape (B, 3, X', Y', Z'), voxel coordinates of `image`, order x, y, z.
         mode: "bilinear" (trilinear in 3-D) or "nearest".
         padding_mode: "border", "zeros" (fades to zero over one voxel beyond the outermost centres), or "outside": zero
-            beyond the outer faces of the outermost voxels and border inside them, which is what ITK does.
+            beyond the outer faces of the outermost voxels and border inside them, which is what ITK does; or one of
+            "border" and "outside" for each channel.
 
     Returns:
         Shape (B, C, X', Y', Z').
@@ -80,7 +83,7 @@ def resample(
     to_image: Tensor,
     size: Sequence[int],
     mode: str = "bilinear",
-    padding_mode: str | Sequence[str] = "border",
+    padding_mode: str = "border",
 ) -> Tensor:
     """An image on another grid, in one interpolation.
 
@@ -88,7 +91,7 @@ def resample(
         image: shape (1, C, X, Y, Z).
         to_image: voxel of the other grid -> voxel of `image`, shape (4, 4).
         size: voxels of the other grid.
-        mode, padding_mode: as in `sample`; or one of "border" and "outside" for each channel.
+        mode, padding_mode: as in `sample`.
 
     Returns:
         Shape (1, C, *size).
@@ -100,11 +103,11 @@ def resample(
     return _sample(image, grid, mode, padding_mode)
 
 
-def normalised(size: Sequence[int]) -> Tensor:
-    """Voxel -> [-1, 1] between the outer faces of the outermost voxels of a grid: shape (4, 4), float64, CPU."""
-    n = torch.tensor([*size], dtype=torch.float64)
-    matrix = torch.diag(torch.cat([2 / n, torch.ones(1, dtype=torch.float64)]))
-    matrix[:3, 3] = 1 / n - 1
+def normalised(size: Sequence[int] | Tensor) -> Tensor:
+    """Voxel -> [-1, 1] between the outer faces of the outermost voxels of grids (…, 3): (…, 4, 4), float64, CPU."""
+    n = torch.as_tensor(size).double()
+    matrix = torch.diag_embed(torch.cat([2 / n, torch.ones_like(n[..., :1])], dim=-1))
+    matrix[..., :3, 3] = 1 / n - 1
     return matrix
 
 

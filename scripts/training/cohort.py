@@ -7,7 +7,7 @@ them with the initial transform into one affine map per volume, and interpolates
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -290,48 +290,76 @@ class CohortLoader:
         for _ in range(self.epoch_length):
             pairs = [self.pool.draw(self.random) for _ in range(self.batch_size)]
             self.pool.renew()
-            size = tuple(max(pair["size"][axis] for pair in pairs) for axis in range(3))
-            drawn = [(pair, self._draw(pair)) for pair in pairs][self.mine]
-            made = [self._make(pair, size, *draw) for pair, draw in drawn]
-            batch = {key: torch.cat([volumes[key] for volumes in made]) for key in made[0]}
-            moving, fixed = batch.pop("moving_image"), batch.pop("fixed_image")
+            size = largest(pair["size"] for pair in pairs)
+            whole = largest(pair[side]["image"].shape[1:] for pair in pairs for side in SIDES)
+            labels, affines = zip(*[self._draw(pair) for pair in pairs], strict=True)
+            pairs, affines = pairs[self.mine], torch.stack(affines[self.mine], dim=1)
+            moving, fixed = self._batch(pairs, size, whole, labels[self.mine], affines)
             yield {
                 # moving, fixed, and the same of their glands
-                "image": torch.stack([moving, fixed], dim=2).flatten(1, 2),
-                **batch,
-                "spacing": torch.stack([pair["spacing"] for pair, _ in drawn]),
-                "case": [pair["case"] for pair, _ in drawn],
+                "image": torch.stack([moving[:, :-1], fixed[:, :-1]], dim=2).flatten(1, 2),
+                "moving_label": moving[:, -1:],
+                "fixed_label": fixed[:, -1:],
+                "spacing": torch.stack([pair["spacing"] for pair in pairs]),
+                "case": [pair["case"] for pair in pairs],
             }
 
-    def _draw(self, pair: Mapping[str, Any]) -> tuple[int, list[Tensor]]:
-        """One label of a pair, and the augmentation of its moving and fixed side, (4, 4) in [−1, 1]³."""
+    def _draw(self, pair: Mapping[str, Any]) -> tuple[int, Tensor]:
+        """One label of a pair, and the augmentation of its moving and fixed side, (2, 4, 4) in [−1, 1]³."""
         m, affines = int(self.random.choice(pair["drawable"])), torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
         for affine in affines if self.augmentation else ():
             affine[:3] = torch.from_numpy(corner_affine(self.random.random((4, 3)), self.augmentation))
-        return m, list(affines)
+        return m, affines
 
-    def _make(
-        self, pair: Mapping[str, Any], size: Sequence[int], m: int, affines: Sequence[Tensor]
-    ) -> dict[str, Tensor]:
-        """Both images of a pair, with their glands, and its label `m` on a grid of `size`, each (1, C, *size)."""
-        own = tuple(pair["size"])
-        low = [(n - k) // 2 for n, k in zip(size, own, strict=True)]
-        from_padded, to_normalised = torch.eye(4, dtype=torch.float64), fields.normalised(own)
-        from_padded[:3, 3] = -torch.tensor(low, dtype=torch.float64)
-        volumes = {}
-        for side, affine in zip(SIDES, affines, strict=True):
-            moved = torch.linalg.inv(to_normalised) @ affine @ to_normalised @ from_padded
-            image, label, to_volume = (pair[side][key] for key in ("image", "label", "to_volume"))
-            label = label.part(m, m + 1) if isinstance(label, InFile) else label[m : m + 1]
-            image, label = (on_device(one, self.device) for one in (image, label))
-            volume = torch.cat([image, label.to(image.dtype)])[None]
-            to_volume = to_volume @ moved
-            padding = ["border"] + ["outside"] * (volume.shape[1] - 1)
-            sampled = fields.resample(volume, to_volume, size, padding_mode=padding)
-            if tuple(size) != own:
-                inside = (..., *(slice(a, a + n) for a, n in zip(low, own, strict=True)))
-                padded = torch.zeros_like(sampled)
-                padded[inside] = sampled[inside]
-                sampled = padded
-            volumes[f"{side}_image"], volumes[f"{side}_label"] = sampled[:, :-1], sampled[:, -1:]
-        return volumes
+    def _batch(
+        self,
+        pairs: Sequence[Mapping[str, Any]],
+        size: Sequence[int],
+        whole: Sequence[int],
+        labels: Sequence[int],
+        affines: Tensor,
+    ) -> Tensor:
+        """Images of pairs, with their glands, and of each pair one label, on a grid of `size`: (2, B, C, *size).
+
+        Args:
+            whole: the largest of the volumes' edges.
+            affines: the augmentation, (2, B, 4, 4).
+        """
+        volumes, to_volume = [], []
+        for side in SIDES:
+            for pair, m in zip(pairs, labels, strict=True):
+                image, label = pair[side]["image"], pair[side]["label"]
+                label = label.part(m, m + 1) if isinstance(label, InFile) else label[m : m + 1]
+                image, label = (on_device(one, self.device) for one in (image, label))
+                volumes.append(torch.cat([image, label.to(image.dtype)]))
+                to_volume.append(pair[side]["to_volume"])
+        own = torch.tensor([pair["size"] for pair in pairs])
+        low = (torch.tensor(size) - own) // 2  # of a working grid in that of the batch
+        from_batch, to_normalised = torch.eye(4, dtype=torch.float64).repeat(len(pairs), 1, 1), fields.normalised(own)
+        from_batch[:, :3, 3] = -low
+        change = torch.linalg.inv_ex(to_normalised).inverse @ affines @ to_normalised @ from_batch
+        to_volume = (torch.stack(to_volume) @ change.flatten(0, 1)).float()
+        ends = torch.tensor([volume.shape[1:] for volume in volumes]).float() - 1
+        to_volume, ends, low, high = (on_device(one, self.device) for one in (to_volume, ends, low, low + own))
+
+        grid = fields.identity_grid(size, torch.float32, self.device)
+        points = torch.einsum("bij,j...->bi...", to_volume[:, :3, :3], grid) + to_volume[:, :3, 3, None, None, None]
+        ends = ends[..., None, None, None]
+        inside = ((points >= -0.5) & (points <= ends + 0.5)).all(1, keepdim=True)
+        sampled = fields.sample(padded(volumes, whole), points.clamp_min(0).minimum(ends))
+        sampled[:, 1:] *= inside  # an image keeps its border beyond it
+        within = ((grid >= low[..., None, None, None]) & (grid < high[..., None, None, None])).all(1, keepdim=True)
+        return sampled.unflatten(0, (2, -1)) * within
+
+
+def largest(sizes: Iterable[Sequence[int]]) -> list[int]:
+    """Along each axis the most voxels of any grid."""
+    return [max(edges) for edges in zip(*sizes, strict=True)]
+
+
+def padded(volumes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+    """Volumes (C, X, Y, Z) as one batch (B, C, *size), float32, zero beyond their ends."""
+    batch = volumes[0].new_zeros((len(volumes), len(volumes[0]), *size), dtype=torch.float32)
+    for one, volume in zip(batch, volumes, strict=True):
+        one[(slice(None), *(slice(n) for n in volume.shape[1:]))] = volume
+    return batch

@@ -17,7 +17,7 @@ from scripts.network import fields
 from scripts.network.segmentation import ORIENTATIONS
 from scripts.registration.orientation import upright_axes
 from scripts.registration.segmentation import SIDE, WHOLE, close_up, coarsened, cube_affine, frame, standardised
-from scripts.training.cohort import SIDES
+from scripts.training.cohort import SIDES, largest, padded
 from scripts.training.cubes import KNOTS, CubeLoader, bent, moved, seen
 from scripts.training.on_disk import on_device
 
@@ -119,7 +119,7 @@ class GlandLoader(CubeLoader):
             change = {key: value[self.mine] for key, value in self._changes(*PASSES[number]).items()}
             self.pool.renew()
             shown = [Kept(*volume[number]) for volume in volumes]
-            size = [max(one.volume.shape[axis] for one in shown) for axis in range(1, 4)]
+            size = largest(one.volume.shape[1:] for one in shown)
             shown = [Kept(*(on_device(part, self.device) for part in one)) for one in shown[self.mine]]
             batch = self._batch(shown, size, change, PASSES[number][1])
             yield batch | {"case": list(cases[self.mine])}
@@ -163,11 +163,3 @@ class GlandLoader(CubeLoader):
         image, label = sampled.split(1, dim=1)
         image = image / image.amax((1, 2, 3, 4), keepdim=True).clamp_min(1e-6)
         return {"image": standardised(seen(image, change)), "label": label, "orientation": change["way"]}
-
-
-def padded(volumes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-    """Volumes (C, X, Y, Z) as one batch (B, C, *size), float32, zero beyond their ends."""
-    batch = volumes[0].new_zeros((len(volumes), len(volumes[0]), *size), dtype=torch.float32)
-    for one, volume in zip(batch, volumes, strict=True):
-        one[(slice(None), *(slice(n) for n in volume.shape[1:]))] = volume
-    return batch

@@ -7,7 +7,8 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scripts.training.cohort import SimulatedPairs
+from scripts.registration.transforms import PlanFixedGridd
+from scripts.training.cohort import CohortLoader, SimulatedPairs
 from scripts.training.cubes import blurred, rotation, seen
 from scripts.training.gland_cubes import GlandLoader
 from scripts.training.pair_cubes import PairCubeLoader
@@ -54,11 +55,11 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("settings", [{}, {"augmentation": 0}, {"warp": 2.0}])
-@pytest.mark.parametrize("kind", [GlandLoader, PairCubeLoader])
+@pytest.mark.parametrize("kind", [CohortLoader, GlandLoader, PairCubeLoader])
 def test_a_batch_is_made_without_waiting_for_the_device(kind, settings):
-    if "warp" in settings and kind is GlandLoader:
-        pytest.skip("it always warps")
-    simulated = SimulatedPairs("realistic", 2)
+    if "warp" in settings and kind is not PairCubeLoader:
+        pytest.skip("it always warps, or never")
+    simulated = SimulatedPairs("realistic", 2, transform=PlanFixedGridd(3.0) if kind is CohortLoader else None)
     batches = iter(kind([], 3, 4, "cpu", simulated=simulated, share=1.0, pool=1, renewal=100, **settings))
     next(batches)
     with Reads() as reads:

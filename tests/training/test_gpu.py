@@ -3,6 +3,7 @@
 import pytest
 import torch
 from monai.data import Dataset
+from monai.transforms import Compose
 
 from scripts.data.checks import InputError
 from scripts.network.losses import BendingEnergy, LabelDrivenLoss, LandmarkDrivenLoss, MultiscaleDiceLoss
@@ -18,6 +19,7 @@ from scripts.training.pair_cubes import PairCubeLoader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 GPU = "cuda"
+LOADERS = pytest.mark.parametrize("kind", [CohortLoader, GlandLoader, PairCubeLoader])
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +36,8 @@ class WithGlands(SimulatedPairs):
 
 
 def batches(kind, device, count=3, **settings):
-    simulated = WithGlands("realistic", 7) if kind is PairCubeLoader else SimulatedPairs("realistic", 7)
+    plan = PlanFixedGridd(3.0) if kind is CohortLoader else None
+    simulated = WithGlands("realistic", 7) if kind is PairCubeLoader else SimulatedPairs("realistic", 7, transform=plan)
     return kind([], 2, count, device, simulated=simulated, share=1.0, pool=2, renewal=100, **settings)
 
 
@@ -43,6 +46,8 @@ def work(kind):
     torch.manual_seed(0)
     if kind is GlandLoader:
         return GlandNetwork(), GlandLoss(), prepare_gland_batch
+    if kind is CohortLoader:
+        return SummedDDFNet(4), LabelDrivenLoss(MultiscaleDiceLoss(), BendingEnergy()), prepare_batch
     loss = LandmarkDrivenLoss(MultiscaleDiceLoss([0, 2, 4, 8]), BendingEnergy(), 0.33, points=0.13)
     return SecondStageNet(8, images=False), loss, prepare_batch
 
@@ -61,7 +66,7 @@ def gradients(network, loss, image, targets):
     return value.detach(), predicted.detach(), [p.grad for p in network.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("kind", [GlandLoader, PairCubeLoader])
+@LOADERS
 def test_a_gpu_computes_the_cpu_s_prediction_loss_and_gradients(kind):
     network, loss, prepare = work(kind)
     image, targets = prepare(next(iter(batches(kind, "cpu"))), "cpu")
@@ -91,7 +96,7 @@ def test_a_gpu_computes_the_papers_ddf_and_objective():
     assert found[0].item() == pytest.approx(wanted[0].item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", [GlandLoader, PairCubeLoader])
+@LOADERS
 def test_neither_a_batch_nor_its_forward_and_backward_pass_waits_for_the_gpu(kind):
     network, loss, prepare = work(kind)
     network, stream = network.to(GPU), iter(batches(kind, GPU, 4))
@@ -113,9 +118,10 @@ def simulated(item):
     return WithGlands("realistic", 7)[item["number"]] | item
 
 
-@pytest.mark.parametrize("kind", [GlandLoader, PairCubeLoader])
+@LOADERS
 def test_a_batch_from_disk_is_that_from_memory_and_does_not_wait_for_the_gpu(kind, tmp_path):
-    pairs = Dataset([{"case": str(k), "number": k} for k in range(3)], simulated)
+    plan = [PlanFixedGridd(3.0)] if kind is CohortLoader else []
+    pairs = Dataset([{"case": str(k), "number": k} for k in range(3)], Compose([simulated, *plan]))
     memory, disk = (iter(kind(pairs, 2, 4, GPU, folder=folder)) for folder in (None, tmp_path))
     for _ in range(3):  # the first times allocate
         one, other = next(memory), next(disk)
@@ -128,7 +134,7 @@ def test_a_batch_from_disk_is_that_from_memory_and_does_not_wait_for_the_gpu(kin
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("kind", [GlandLoader, PairCubeLoader])
+@LOADERS
 def test_draws_on_a_gpu_go_on_where_they_stopped(kind):
     loader = batches(kind, GPU, 2)
     for _ in loader:
