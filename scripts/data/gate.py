@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from monai.data import list_data_collate
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -69,6 +70,14 @@ class PairLoader:
         self.dataset, self.num_workers, self.keep_going = dataset, num_workers, keep_going
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads - self.num_workers))  # each process that reads has one
+        try:
+            yield from self._pairs()
+        finally:
+            torch.set_num_threads(threads)
+
+    def _pairs(self) -> Iterator[dict[str, Any]]:
         refused = []
         for index, item in enumerate(read(self.dataset, self.num_workers)):
             if not isinstance(item, InputError):

@@ -209,9 +209,11 @@ class Encoder(nn.Module):
         )
         self.deep = conv_bn(*self.channels[-2:])
 
-    def _start_as_xavier(self) -> None:
-        """Xavier weights for every convolution there is so far."""
-        for module in self.modules():
+    def _start(self, groups: int) -> None:
+        """Of every convolution there is so far: its normalisation, by groups or by batch, and Xavier weights."""
+        for module in list(self.modules()):
+            if isinstance(module, ConvBN) and groups:
+                module.normalise_by_groups(groups)
             if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d)):
                 nn.init.xavier_uniform_(module.weight)
 
@@ -303,10 +305,7 @@ class SummedDDFNet(Encoder):
         self.up = nn.ModuleList(
             UpBlock(n[k], additive, skip_in_shortcut_only) for k in range(levels - 1, lowest - 1, -1)
         )
-        if groups:
-            for module in [m for m in self.modules() if isinstance(m, ConvBN)]:
-                module.normalise_by_groups(groups)
-        self._start_as_xavier()
+        self._start(groups)
         self.summands = nn.ModuleList(Summand(n[k], levels - k) for k in sorted(summands, reverse=True))
         self._lay_out()
 
@@ -371,7 +370,7 @@ class GlobalNet(Encoder):
     Args:
         initial_channels: channels of level 0; the paper's 8.
         deep_size: what the deepest map is averaged onto, along x, y, z; where it is smaller, values are repeated.
-        checkpointing, in_channels: as in `SummedDDFNet`.
+        checkpointing, in_channels, levels, first_kernel, groups: as in `SummedDDFNet`.
 
     Example:
         >>> GlobalNet()(torch.rand(2, 2, 20, 31, 17)).shape
@@ -384,9 +383,12 @@ class GlobalNet(Encoder):
         deep_size: Sequence[int] = (6, 8, 6),
         checkpointing: bool = False,
         in_channels: int = 2,
+        levels: int = LEVELS,
+        first_kernel: int = 7,
+        groups: int = 0,
     ) -> None:
-        super().__init__(initial_channels, checkpointing, in_channels)
-        self._start_as_xavier()
+        super().__init__(initial_channels, checkpointing, in_channels, levels, first_kernel)
+        self._start(groups)
         self.deep_size = list(deep_size)
         self.connected = nn.Linear(self.channels[-1] * math.prod(deep_size), 12)
         nn.init.zeros_(self.connected.weight)

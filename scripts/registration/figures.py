@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from contourpy import contour_generator
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -353,7 +354,8 @@ def draw_outline(ax: Axes, gland: NDArray, mm: NDArray, style: tuple) -> None:
     if gland.max() > 0.5:
         gland = np.pad(gland, 1)  # closes an outline that meets the edge of the volume
         x, y = ((np.arange(n) - 1) * step for n, step in zip(gland.shape, mm, strict=True))
-        ax.contour(x, y, gland.T, [0.5], colors=colour, linestyles=[dash], linewidths=1.6)
+        for line in contour_generator(x, y, gland.T).lines(0.5):  # ax.contour takes ten times as long
+            ax.add_line(Line2D(*line.T, color=colour, linestyle=dash, linewidth=1.6))
 
 
 def draw_letters(ax: Axes, axes: tuple[int, int], size: NDArray, spacing: NDArray) -> None:
@@ -435,7 +437,7 @@ def _written(path: str | os.PathLike, height: float) -> Iterator[Figure]:
         figure.text(0.3 / WIDTH, 0.25 / height, FOOTER, color=INK, size=12, weight="bold", va="center")
         try:
             with part.open("xb") as file:
-                canvas.print_png(file)
+                canvas.print_png(file, pil_kwargs={"compress_level": 3})  # half the time of 6
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from scripts.data.weights import load_weights
 from scripts.network import fields
 from scripts.network.segmentation import ORIENTATIONS
 from scripts.registration.orientation import SURE, at_once, believed, codes, turned, upright, votes
+from scripts.registration.precision import computes_bfloat16
 
 WHOLE = 32  # voxels along each axis of the cube of the first two passes
 SIDE = 48  # and of the last
@@ -212,6 +213,8 @@ class SegmentGlandsd(Transform):
         wanted: False leaves a pair as it is.
         at_labels: True looks once, where the labelled gland is, as training wants it: a fifth of the time. Adds no
             confidence.
+        precision: "bfloat16" runs the networks in it where the hardware has it, see `PrecisionInferer`; all else is
+            float32: what is found then depends on no processor.
 
     Raises:
         InputError: the weights do not fit (see `scripts.data.weights.check_weights`); no gland is found in an image.
@@ -224,9 +227,10 @@ class SegmentGlandsd(Transform):
         device: torch.device | str = "cpu",
         wanted: bool = True,
         at_labels: bool = False,
+        precision: str = "float32",
     ) -> None:
-        self.network, self.paths, self.device, self.wanted = network, ensure_tuple(path), device, wanted
-        self.at_labels = at_labels
+        self.network, self.paths, self.device, self.wanted = network, ensure_tuple(path), torch.device(device), wanted
+        self.at_labels, self.half = at_labels, precision == "bfloat16" and computes_bfloat16(self.device)
         self.networks: list[nn.Module] = []
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
@@ -237,6 +241,8 @@ class SegmentGlandsd(Transform):
             for path, network in zip(self.paths, self.networks, strict=True):
                 load_weights(path, network)
                 network.to(self.device).eval()
+                if self.half:  # the network alone: coordinates in bfloat16 would be voxels off
+                    network.forward = torch.autocast(self.device.type, torch.bfloat16)(network.forward)
         d = dict(data)
         for side in ("",) if "image" in d else ("moving_", "fixed_"):
             if self.at_labels:

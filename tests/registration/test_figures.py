@@ -183,7 +183,7 @@ def test_overview_writes_png_only(tmp_path, case):
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_part(tmp_path, case, monkeypatch):
-    def full(self, file):
+    def full(self, file, **_):
         file.write(b"half")
         raise OSError("disk full")
 

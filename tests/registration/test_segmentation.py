@@ -155,6 +155,13 @@ def test_an_end_that_is_seen_without_confidence_does_not_move_the_likeliest_star
     assert likeliest < 0.3 and by_moments > 1
 
 
+def test_the_likeliest_start_is_found_to_a_fraction_of_a_voxel_wherever_the_voxels_lie():
+    for offset in (0, 0.5, 1.1, 1.9):  # a lattice of every second plane would be voxels off
+        fixed, moving = soft_ellipsoid((offset, 0, 0), (22, 18, 16)), soft_ellipsoid((7, -5 + offset, 3), (22, 18, 16))
+        start = maximum_a_posteriori(fixed, moving)
+        assert torch.allclose(start[:3, 3], torch.tensor([7 - offset, -5 + offset, 3]).double(), atol=0.2)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_where_everything_is_gland_the_likeliest_start_keeps_near_the_centroids(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -193,7 +200,7 @@ def test_the_likeliest_start_turns_with_the_world():
     turn = torch.as_tensor(turn, dtype=torch.float64)
     there = [MetaTensor(volume.as_tensor(), affine=turn @ volume.affine) for volume in (fixed, moving)]
     expected = turn @ maximum_a_posteriori(fixed, moving) @ torch.linalg.inv(turn)
-    assert torch.allclose(maximum_a_posteriori(*there), expected, atol=0.01)
+    assert torch.allclose(maximum_a_posteriori(*there), expected, atol=0.05)  # mm: where the search stops
 
 
 def test_an_unknown_kind_is_refused():
