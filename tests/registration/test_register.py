@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shutil
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -11,6 +13,7 @@ from conftest import TINY, flags, run
 from scipy.spatial.transform import Rotation
 
 from scripts.bundle import workflow
+from scripts.data import gate
 from scripts.registration.apply import apply
 
 GRIDS = {
@@ -173,3 +176,23 @@ def test_missing_or_unfitting_weights_are_refused(trained, tmp_path):
 def test_help_shows_an_example():
     result = run("scripts", "register", "--help")
     assert result.returncode == 0 and "--moving mr.nii.gz" in result.stdout + result.stderr
+
+
+def test_pairs_that_several_processes_read_are_registered_as_those_that_one_reads(cohort, tmp_path, monkeypatch):
+    for kind in ("moving_images", "fixed_images"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for number, file in enumerate(sorted((cohort / "train" / kind).iterdir())[:3]):
+            shutil.copy(file, tmp_path / "data" / kind / f"case{number}.nii.gz")
+    asked, load = [], gate.read
+    monkeypatch.setattr(gate, "read", lambda dataset, workers: asked.append(workers) or load(dataset, workers))
+    for name, settings in (("default", {}), ("alone", {"num_workers": 0})):
+        out = str(tmp_path / name)
+        workflow.run_config(
+            "inference.json", dataset_dir=str(tmp_path / "data"), output_dir=out, device="cpu", **settings
+        )
+    assert asked == [2 if sys.platform == "linux" else 0, 0]
+    for number in range(3):
+        fields = [
+            nib.load(tmp_path / name / f"case{number}" / "ddf.nii.gz").get_fdata() for name in ("default", "alone")
+        ]
+        np.testing.assert_allclose(*fields, atol=0.05)  # mm; one thread or two round differently

@@ -9,6 +9,7 @@ from torch import nn
 from scripts.data.axes import declared
 from scripts.data.checks import InputError
 from scripts.network import fields
+from scripts.registration import segmentation
 from scripts.registration.initial_transform import align_moments, maximum_a_posteriori
 from scripts.registration.orientation import turned as stored
 from scripts.registration.orientation import upright
@@ -341,6 +342,24 @@ def test_a_gland_of_one_voxel_is_no_crash(tmp_path):
     )
     confidence = found["fixed_confidence"]
     assert (found["fixed_gland"] > 0.5).sum() == 1 and all(np.isfinite(v) for k, v in confidence.items() if k != "axes")
+
+
+@pytest.mark.parametrize(("precision", "hardware"), [("auto", True), ("bfloat16", True), ("bfloat16", False)])
+def test_the_gland_networks_run_in_bfloat16_only_where_that_is_asked_for(precision, hardware, weights, monkeypatch):
+    half = set()
+
+    class Watched(Bright):
+        def gland(self, x):
+            half.add(torch.is_autocast_enabled("cpu"))
+            return super().gland(x)
+
+    monkeypatch.setattr(segmentation, "computes_bfloat16", lambda device: hardware)
+    volume = ellipsoid((40, 40, 40), turned((1, 1, 1), 0.1), (15, 20, 22), (10, 9, 8))
+    found = SegmentGlandsd(Watched(), weights, precision=precision)({"moving_image": volume, "fixed_image": volume})
+    assert half == {precision == "bfloat16" and hardware}
+    assert found["fixed_gland"].dtype == torch.float32
+    gland = on_image(found["fixed_gland"], volume) > 0.5
+    assert 2 * (gland & (volume > 0.5)).sum() / (gland.sum() + (volume > 0.5).sum()) > 0.97
 
 
 def test_the_glands_become_channels_of_the_networks_input_on_the_fixed_grid(weights):
