@@ -1,10 +1,11 @@
 """One registration at clinical size, this commit against an older one in turn: time, memory, and what it leaves.
 
-python benchmarks/clinical.py --moving DICOM_FOLDER --fixed TRUS.mha [--against cefef8e] [--rounds 3]
+python benchmarks/clinical.py --moving DICOM_FOLDER --fixed TRUS.mha [--batch DIR] [--against cefef8e] [--rounds 3]
 
 Pairs: the two files given; a phantom's TRUS of 256³ voxels of 0.5 mm; one of 81 × 118 × 88. Each is `register` as a
-process of its own, from its start to its end. The two sides have other networks, so they find other transforms: that
-ours is the one it writes is what `tests/registration/test_transforms.py` and `test_register.py` compare.
+process of its own, from its start to its end. A batch is `inference.json` on a data set, likewise. The two sides have
+other networks, so they find other transforms: that ours is the one it writes is what
+`tests/registration/test_transforms.py` and `test_register.py` compare.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -39,12 +41,14 @@ def simulated(folder: Path, number: int, grids: dict) -> tuple[str, str]:
     return tuple(str(folder / f"{side}_images" / f"case{number}.nii.gz") for side in ("moving", "fixed"))
 
 
-def run(code: Path, moving: str, fixed: str, output: Path) -> dict[str, float]:
-    """`register` in the tree `code`: seconds, processor seconds, peak memory in GB, and its files in MB."""
-    words = ["register", "--moving", moving, "--fixed", fixed, "--output_dir", str(output)]
+def run(code: Path, words: Sequence[str], output: Path) -> dict[str, float]:
+    """A command in the tree `code`: seconds, processor seconds, peak memory in GB, and its files in MB."""
     began = time.perf_counter()
     process = subprocess.Popen(
-        [sys.executable, "-m", "scripts", *words], cwd=code, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-m", *words, "--output_dir", str(output)],
+        cwd=code,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     said = process.stderr.read()
     _, status, used = os.wait4(process.pid, 0)
@@ -55,7 +59,7 @@ def run(code: Path, moving: str, fixed: str, output: Path) -> dict[str, float]:
         "seconds": time.perf_counter() - began,
         "processor": used.ru_utime + used.ru_stime,
         "memory": used.ru_maxrss / 1e6,
-        "files": sum(path.stat().st_size for path in output.iterdir()) / 1e6,
+        "files": sum(path.stat().st_size for path in output.rglob("*") if path.is_file()) / 1e6,
     }
 
 
@@ -63,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moving", help="an MR, for example a DICOM series")
     parser.add_argument("--fixed", help="a TRUS volume")
+    parser.add_argument("--batch", help="a data set that is not split")
     parser.add_argument("--against", default="cefef8e", help="the older commit (default cefef8e)")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -74,16 +79,23 @@ def main() -> None:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
             made = other.map(simulated, [folder] * len(PHANTOMS), range(len(PHANTOMS)), PHANTOMS.values())
             pairs |= dict(zip(PHANTOMS, made, strict=True))
-        for title, pair in tqdm(pairs.items(), unit="pair"):
+        commands = {
+            title: ("scripts", "register", "--moving", os.path.abspath(moving), "--fixed", os.path.abspath(fixed))
+            for title, (moving, fixed) in pairs.items()
+        }
+        if arguments.batch:
+            words = ("monai.bundle", "run", "--config_file", "configs/inference.json", "--dataset_dir")
+            commands["a batch"] = (*words, os.path.abspath(arguments.batch))
+        for title, words in tqdm(commands.items(), unit="command"):
             found = {side: [] for side in (arguments.against, "this commit")}
             for turn in range(arguments.rounds):
                 for side, code in zip(found, (old, ROOT), strict=True):
-                    found[side].append(run(code, *map(os.path.abspath, pair), folder / f"out_{side}_{turn}"))
+                    found[side].append(run(code, words, folder / f"out_{side}_{turn}_{title}"))
             middle = {s: {k: median(one[k] for one in runs) for k in runs[0]} for s, runs in found.items()}
             for side, values in middle.items():
                 share = values["seconds"] / middle[arguments.against]["seconds"]
                 figures = {k: f"{v:.3g}" for k, v in values.items()} | {"share of the time": f"{share:.2f}"}
-                rows.append({"pair": title, "side": side} | figures)
+                rows.append({"of": title, "side": side} | figures)
     print(f"{machine()}\n\n{table(rows)}\n\nseconds and processor in s, memory (peak) in GB, files in MB")
 
 
