@@ -58,7 +58,7 @@ class PairLoader:
 
     Args:
         dataset: MONAI's, of pairs with a `case`.
-        num_workers: processes that read.
+        num_workers: processes that read; forked, so not from a process that has computed, as a notebook's: they hang.
         keep_going: whether a pair that is refused is passed over, aloud.
 
     Raises:
