@@ -84,7 +84,7 @@ def maximum_a_posteriori(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
             return value.item(), found.grad.numpy()
 
         begin = np.full(6, 0.02)  # a little off: at whole voxels interpolation has kinks
-        stop = {"maxiter": 60, "ftol": 1e-8, "gtol": 1e-5}  # 0.05 mm; beyond it kinks and float32 are in the way
+        stop = {"maxiter": 60, "ftol": 1e-9, "gtol": 1e-5}  # 0.05 mm; beyond it kinks and float32 are in the way
         best = minimize(cost, begin, jac=True, method="L-BFGS-B", options=stop)
         return transform(torch.from_numpy(best.x)).detach()
 

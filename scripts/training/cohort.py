@@ -344,9 +344,8 @@ class CohortLoader:
 
         grid = fields.identity_grid(size, torch.float32, self.device)
         points = torch.einsum("bij,j...->bi...", to_volume[:, :3, :3], grid) + to_volume[:, :3, 3, None, None, None]
-        ends = ends[..., None, None, None]
-        inside = ((points >= -0.5) & (points <= ends + 0.5)).all(1, keepdim=True)
-        sampled = fields.sample(padded(volumes, whole), points.clamp_min(0).minimum(ends))
+        inside = ((points >= -0.5) & (points <= ends[..., None, None, None] + 0.5)).all(1, keepdim=True)
+        sampled = sample_each(volumes, whole, ends, points)
         sampled[:, 1:] *= inside  # an image keeps its border beyond it
         within = ((grid >= low[..., None, None, None]) & (grid < high[..., None, None, None])).all(1, keepdim=True)
         return sampled.unflatten(0, (2, -1)) * within
@@ -357,9 +356,19 @@ def largest(sizes: Iterable[Sequence[int]]) -> list[int]:
     return [max(edges) for edges in zip(*sizes, strict=True)]
 
 
-def padded(volumes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-    """Volumes (C, X, Y, Z) as one batch (B, C, *size), float32, zero beyond their ends."""
+def sample_each(volumes: Sequence[Tensor], size: Sequence[int], last: Tensor, points: Tensor) -> Tensor:
+    """Of each volume (C, X, Y, Z) the values at points of its own, float32, its border beyond it; in one interpolation.
+
+    Args:
+        volumes: B of them.
+        size: the largest of their edges.
+        last: the last voxel of each, (B, 3).
+        points: shape (B, 3, X', Y', Z'), voxels.
+
+    Returns:
+        Shape (B, C, X', Y', Z').
+    """
     batch = volumes[0].new_zeros((len(volumes), len(volumes[0]), *size), dtype=torch.float32)
     for one, volume in zip(batch, volumes, strict=True):
         one[(slice(None), *(slice(n) for n in volume.shape[1:]))] = volume
-    return batch
+    return fields.sample(batch, points.clamp_min(0).minimum(last[..., None, None, None]))

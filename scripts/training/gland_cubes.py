@@ -17,7 +17,7 @@ from scripts.network import fields
 from scripts.network.segmentation import ORIENTATIONS
 from scripts.registration.orientation import upright_axes
 from scripts.registration.segmentation import SIDE, WHOLE, close_up, coarsened, cube_affine, frame, standardised
-from scripts.training.cohort import SIDES, largest, padded
+from scripts.training.cohort import SIDES, largest, sample_each
 from scripts.training.cubes import KNOTS, CubeLoader, bent, moved, seen
 from scripts.training.on_disk import on_device
 
@@ -150,7 +150,7 @@ class GlandLoader(CubeLoader):
     def _batch(
         self, volumes: Sequence[Kept], size: Sequence[int], change: Mapping[str, Tensor], side: int
     ) -> dict[str, Tensor]:
-        """Cubes of `side` voxels along an edge, changed, from volumes padded to `size`."""
+        """Cubes of `side` voxels along an edge, changed; `size` is the largest of the volumes' edges."""
         grid = (fields.identity_grid([side] * 3, torch.float32, self.device) - (side - 1) / 2) / side
         grid = torch.einsum("bij,j...->bi...", self.stored[change["way"]], grid)
         grid = moved(change["linear"], change["shift"], grid + bent(change["knots"], side))
@@ -158,8 +158,7 @@ class GlandLoader(CubeLoader):
         points = moved(to_voxel[:, :, :3], to_voxel[:, :, 3], grid)
         low, high = image[..., None, None, None].unbind(1)
         inside = ((points >= low) & (points <= high)).all(1, keepdim=True)
-        points = points.clamp_min(0).minimum(last[..., None, None, None])
-        sampled = fields.sample(padded([one.volume for one in volumes], size), points) * inside
+        sampled = sample_each([one.volume for one in volumes], size, last, points) * inside
         image, label = sampled.split(1, dim=1)
         image = image / image.amax((1, 2, 3, 4), keepdim=True).clamp_min(1e-6)
         return {"image": standardised(seen(image, change)), "label": label, "orientation": change["way"]}

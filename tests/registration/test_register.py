@@ -3,8 +3,6 @@
 import gzip
 import json
 import shutil
-import subprocess
-import sys
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +12,6 @@ from conftest import TINY, flags, run
 from scipy.spatial.transform import Rotation
 
 from scripts.bundle import workflow
-from scripts.data.root import ROOT
 from scripts.registration.apply import apply
 
 GRIDS = {
@@ -187,8 +184,8 @@ def test_pairs_that_several_processes_read_are_registered_as_those_that_one_read
     for workers in (0, 2):  # each a process of its own: one that has computed cannot be forked safely
         words = ["--config_file", "configs/inference.json", "--dataset_dir", str(tmp_path / "data"), "--device", "cpu"]
         words += ["--output_dir", str(tmp_path / str(workers)), "--num_workers", str(workers)]
-        done = subprocess.run([sys.executable, "-m", "monai.bundle", "run", *words], cwd=ROOT, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        done = run("monai.bundle", "run", *words)
+        assert done.returncode == 0, done.stderr[-2000:]
     for number in range(3):
         fields = [nib.load(tmp_path / str(n) / f"case{number}" / "ddf.nii.gz").get_fdata() for n in (0, 2)]
         np.testing.assert_allclose(*fields, atol=0.05)  # mm; one thread or two round differently

@@ -201,7 +201,7 @@ def test_the_likeliest_start_turns_with_the_world():
     turn = torch.as_tensor(turn, dtype=torch.float64)
     there = [MetaTensor(volume.as_tensor(), affine=turn @ volume.affine) for volume in (fixed, moving)]
     expected = turn @ maximum_a_posteriori(fixed, moving) @ torch.linalg.inv(turn)
-    assert torch.allclose(maximum_a_posteriori(*there), expected, atol=0.05)  # mm: where the search stops
+    assert torch.allclose(maximum_a_posteriori(*there), expected, atol=0.01)
 
 
 def test_an_unknown_kind_is_refused():
