@@ -1,9 +1,15 @@
 """The network may run in bfloat16 only where the hardware has it and the field stays where float32 puts it."""
 
+import io
+import os
+import platform
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
+from conftest import ROOT
 
 from scripts.data.checks import InputError
 from scripts.network.networks import SummedDDFNet
@@ -87,12 +93,61 @@ def test_auto_is_float32_without_the_hardware(monkeypatch):
 
 
 def test_training_is_in_float32_unless_asked(hardware):
-    net, x = network().train(), pair(16, 32, 16)
+    net, x = network().train(), pair(48, 48, 48)
     for asked, used in (("auto", "float32"), ("bfloat16", "bfloat16")):
         inferer = PrecisionInferer(asked)
         inferer(x, net).sum().backward()
         assert inferer.used == used
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_training_on_maps_of_fewer_planes_than_the_kernel_is_in_float32_on_a_cpu(hardware):
+    net, inferer = network().train(), PrecisionInferer("bfloat16")
+    net.down[0].eval()  # as who fine-tunes leaves some of it
+    counted = [norm.num_batches_tracked.item() for norm in net.modules() if isinstance(norm, torch.nn.BatchNorm3d)]
+    with pytest.warns(UserWarning, match=r"fewer planes than its kernel.*; this run trains in float32"):
+        inferer(pair(16, 32, 16), net).sum().backward()
+    assert inferer.used == "float32" and net.training and not net.down[0].training
+    modes = [norm.training for norm in net.modules() if isinstance(norm, torch.nn.BatchNorm3d)]
+    after = [norm.num_batches_tracked.item() for norm in net.modules() if isinstance(norm, torch.nn.BatchNorm3d)]
+    assert after == [n + training for n, training in zip(counted, modes, strict=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # said once
+        inferer(pair(16, 32, 16), net)
+
+
+GRADIENTS = """
+import sys, torch
+from scripts.network.networks import SummedDDFNet
+from scripts.network.segmentation import GlandNetwork
+from scripts.registration.precision import PrecisionInferer
+torch.manual_seed(0)
+found = []
+for network, size in (
+    (SummedDDFNet(initial_channels=4), (2, 16, 32, 16)),
+    (SummedDDFNet(initial_channels=4), (2, 48, 32, 32)),
+    (GlandNetwork(), (1, 32, 32, 32)),
+    (GlandNetwork(), (1, 48, 48, 48)),
+):
+    for module in network.modules():  # the summands begin at zero
+        if isinstance(module, torch.nn.Conv3d):
+            torch.nn.init.normal_(module.weight, std=0.05)
+    PrecisionInferer("bfloat16")(torch.randn(2, *size), network.train()).square().mean().backward()
+    found.append([p.grad for p in network.parameters() if p.grad is not None])
+torch.save(found, sys.stdout.buffer)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is told to fill new memory")
+def test_no_gradient_depends_on_what_was_in_memory():
+    def gradients(fill):
+        environment = dict(os.environ, MALLOC_PERTURB_=str(fill), MALLOC_MMAP_MAX_="0", OMP_NUM_THREADS="1")
+        command = [sys.executable, "-W", "ignore", "-c", GRADIENTS]
+        return subprocess.run(command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+
+    zero, large = (torch.load(io.BytesIO(gradients(fill))) for fill in (255, 128))  # new bytes are its complement
+    for a, b in zip(zero, large, strict=True):
+        assert all(torch.equal(of_zero, of_large) for of_zero, of_large in zip(a, b, strict=True))
 
 
 def test_training_in_bfloat16_without_the_hardware_says_that_it_is_in_float32(monkeypatch):
