@@ -6,7 +6,10 @@ import os
 import signal
 import sys
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from scripts.data.pairs import LoadPaird
 
 
 class Gated(Dataset):
-    """A data set in which an item that is refused is its `InputError`, which a loader's worker hands over as it is."""
+    """A data set in which an item that is refused is its `InputError`, which a loader hands over as it is."""
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -48,6 +51,35 @@ def read(dataset: Dataset, num_workers: int = 0) -> DataLoader:
     return DataLoader(Gated(dataset), batch_size=None, num_workers=num_workers, worker_init_fn=leave_interrupts)
 
 
+def read_ahead(dataset: Dataset, num_workers: int | None = None) -> Iterator[Any]:
+    """The items of a data set in their order, see `Gated`; threads read those to come while one is in use.
+
+    Threads, as what takes long is in PyTorch, which lets others run; and unlike forked processes they may use a GPU,
+    and may begin where PyTorch has computed before, as in a notebook. Each has one core; who uses the items, the rest.
+
+    Args:
+        num_workers: threads; None for as many as PyTorch uses, 4 at most: writing a pair takes a third of reading it.
+            0, or a single item: read where it is used.
+    """
+    items, threads = Gated(dataset), torch.get_num_threads()
+    count = min(4, threads) if num_workers is None else num_workers
+    if count < 1 or len(items) < 2:
+        yield from map(items.__getitem__, range(len(items)))
+        return
+    pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+    torch.set_num_threads(max(1, threads - count))
+    try:
+        to_come = (pool.submit(items.__getitem__, index) for index in range(len(items)))
+        ahead = deque(islice(to_come, count))
+        while ahead:
+            item = ahead.popleft().result()
+            ahead.extend(islice(to_come, 1))
+            yield item
+    finally:
+        torch.set_num_threads(threads)
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def leave_interrupts(worker: int) -> None:
     """In a process that reads: leave Ctrl-C to the one that started it, which ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -58,7 +90,7 @@ class PairLoader:
 
     Args:
         dataset: MONAI's, of pairs with a `case`.
-        num_workers: processes that read; forked, so not from a process that has computed, as a notebook's: they hang.
+        num_workers: see `read_ahead`.
         keep_going: whether a pair that is refused is passed over, aloud.
 
     Raises:
@@ -66,20 +98,12 @@ class PairLoader:
             the cases that were refused.
     """
 
-    def __init__(self, dataset: Dataset, num_workers: int = 0, keep_going: bool = False) -> None:
+    def __init__(self, dataset: Dataset, num_workers: int | None = None, keep_going: bool = False) -> None:
         self.dataset, self.num_workers, self.keep_going = dataset, num_workers, keep_going
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads - self.num_workers))  # each process that reads has one
-        try:
-            yield from self._pairs()
-        finally:
-            torch.set_num_threads(threads)
-
-    def _pairs(self) -> Iterator[dict[str, Any]]:
         refused = []
-        for index, item in enumerate(read(self.dataset, self.num_workers)):
+        for index, item in enumerate(read_ahead(self.dataset, self.num_workers)):
             if not isinstance(item, InputError):
                 yield list_data_collate([item])
             elif self.keep_going and len(self.dataset) > 1:

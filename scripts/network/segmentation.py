@@ -13,6 +13,15 @@ ORIENTATIONS = 8  # ways a volume can be stored that a network can tell, see `sc
 SEEN_AT = 4  # places along each axis at which the features count that say which
 
 
+class InstanceNorm(nn.InstanceNorm3d):
+    """Instance normalisation that in eval mode leaves channels last as they are: a fifth of the network's time less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:  # in bfloat16 the gradient is faster so
+            return super().forward(x)
+        return F.group_norm(x, self.num_features, self.weight, self.bias, self.eps)
+
+
 class GlandNetwork(nn.Module):
     """A residual U-Net that says where the gland is in a cube, and which way round the cube is.
 
@@ -35,6 +44,9 @@ class GlandNetwork(nn.Module):
             res_block=True,
         )
         self.unfold = SubpixelUpsample(3, 32, 1)
+        for module in self.unet.modules():
+            if isinstance(module, nn.InstanceNorm3d):
+                module.__class__ = InstanceNorm
         # where something lies says which way round it is; the mean over all of an instance-normalised map says nothing
         where = 32 * SEEN_AT**3
         self.orientation = nn.Sequential(nn.Flatten(), nn.LayerNorm(where), nn.Linear(where, ORIENTATIONS))

@@ -7,6 +7,8 @@ eight ways. Of a cube in the order nearest to RAS, way 0 is what the header says
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from nibabel.orientations import aff2axcodes
@@ -16,7 +18,7 @@ from scripts.data.axes import DIRECTIONS, OPPOSITE
 from scripts.network.segmentation import ORIENTATIONS
 
 CLEAR = 2.0  # a header is believed unless another way is likelier by this, in logarithms
-SURE = 4.0  # of a cube seen once: that much likelier than any other way, and the others are not looked at
+SURE = 4.0  # of a cube seen once or twice: that much likelier than any other way, and the others are not looked at
 WAYS = tuple((swapped, back, down) for swapped in (0, 1) for back in (0, 1) for down in (0, 1))
 
 
@@ -52,20 +54,24 @@ def after(way: int, turn: int) -> int:
     return WAYS.index((swapped ^ exchanged, back, down ^ down_too))
 
 
-def votes(logits: Tensor) -> Tensor:
-    """The logarithm of the probability of each way, (8,), from what networks say of a cube made upright from each way.
+def votes(logits: Tensor, turns: Sequence[int] = range(8)) -> Tensor:
+    """The logarithm of the probability of each way, (8,), from what networks say of a cube made upright from some ways.
 
     Args:
-        logits: shape (8, networks, 8), the first index the way it was made upright from.
+        logits: shape (turns, networks, 8).
+        turns: the ways that it was made upright from.
     """
     said = logits.double().log_softmax(-1).mean(1)
-    mean = torch.stack([torch.stack([said[turn, after(way, turn)] for turn in range(8)]).mean() for way in range(8)])
-    return mean.log_softmax(0)
+    mean = [
+        torch.stack([of[after(way, turn)] for of, turn in zip(said, turns, strict=True)]).mean() for way in range(8)
+    ]
+    return torch.stack(mean).log_softmax(0)
 
 
-def at_once(logits: Tensor) -> Tensor:
-    """As `votes`, from what networks say of a cube as it is stored alone, (1, networks, 8)."""
-    return logits[0].double().log_softmax(-1).mean(0).log_softmax(0)
+def is_sure(said: Tensor) -> bool:
+    """Whether one way is likelier by `SURE` than any other, of `votes` (8,)."""
+    first, second = said.topk(2).values
+    return bool(first - second >= SURE)
 
 
 def believed(said: Tensor) -> int:

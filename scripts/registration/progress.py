@@ -9,7 +9,6 @@ from typing import Any
 from ignite.engine import Engine, Events
 from monai.engines.utils import IterationEvents
 from monai.transforms import Transform
-from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 STEPS = ("reading", "segmenting the glands", "aligning", "deforming", "writing")  # of one pair
@@ -19,7 +18,7 @@ PATIENCE = 2.0  # seconds
 class Progress:
     """Ignite handler with a bar on stderr over the steps of all pairs, with the time left; it appears after 2 s.
 
-    Where other processes read (num_workers), a pair begins with "deforming".
+    Where other threads read (num_workers), a pair begins with "deforming".
 
     Args:
         pairs: how many there are.
@@ -27,11 +26,13 @@ class Progress:
 
     def __init__(self, pairs: int) -> None:
         self.bar = tqdm(total=pairs * len(STEPS), delay=PATIENCE, leave=False, bar_format="{desc} |{bar}| {elapsed}")
+        self.bar.set_description_str(STEPS[0], refresh=False)
         # tqdm draws when something is done, this bar when something takes long
         self.timer = threading.Timer(PATIENCE, self._appear)
         self.timer.daemon = True
         self.timer.start()
         self.done = 0  # pairs
+        self.thread = threading.get_ident()  # which deforms and writes
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_STARTED, lambda: self.show("deforming"))
@@ -41,12 +42,9 @@ class Progress:
 
     def show(self, step: str) -> None:
         """Say that a step of the present pair begins."""
-        if self.bar is not None and get_worker_info() is None:
+        if threading.get_ident() == self.thread:
             self.bar.set_description_str(step, refresh=False)
             self.bar.update(self.done * len(STEPS) + STEPS.index(step) - self.bar.n)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"bar": None}  # in another process, which reads
 
     def _next(self) -> None:
         self.done += 1

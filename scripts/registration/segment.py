@@ -19,7 +19,7 @@ from tqdm import tqdm
 from scripts.data.checks import InputError, check_case_name
 from scripts.data.dicom.reader import modality
 from scripts.data.files import write_csv, written_together
-from scripts.data.gate import read
+from scripts.data.gate import read_ahead
 from scripts.data.volumes import save_volume
 from scripts.registration import figures, metrics, qc
 from scripts.registration.outputs import NOTICE, segmented_by
@@ -42,7 +42,7 @@ class SegmentImages:
         limits: beyond which a figure raises a flag, see `scripts.registration.qc.flags`.
         probability: whether to write the probability too.
         modality: "mr", "us" or "auto", by what the file says or the image looks like.
-        num_workers: processes that read.
+        num_workers: see `scripts.data.gate.read_ahead`.
 
     Raises:
         InputError: another modality.
@@ -56,7 +56,7 @@ class SegmentImages:
         limits: Mapping[str, Any] | None = None,
         probability: bool = False,
         modality: str = "auto",
-        num_workers: int = 0,
+        num_workers: int | None = None,
     ) -> None:
         if str(modality).lower() not in MODALITIES:
             raise InputError(f"--modality {modality}: expected one of {', '.join(MODALITIES)}")
@@ -72,9 +72,8 @@ class SegmentImages:
             InputError: one was refused; of several, when all others are done.
         """
         count, refused, rows = len(self.dataset), [], []
-        for index, item in enumerate(
-            tqdm(read(self.dataset, self.num_workers), desc="Segmenting", unit="image", total=count, disable=count < 2)
-        ):
+        items = read_ahead(self.dataset, self.num_workers)
+        for index, item in enumerate(tqdm(items, desc="Segmenting", unit="image", total=count, disable=count < 2)):
             if isinstance(item, InputError) and count == 1:
                 raise item
             if isinstance(item, InputError):

@@ -20,6 +20,7 @@ from scripts.registration.orientation import (
     after,
     believed,
     codes,
+    is_sure,
     turned,
     upright,
     upright_axes,
@@ -47,9 +48,11 @@ def test_a_cube_made_upright_from_another_way_is_stored_as_after_says_but_for_le
 
 @pytest.mark.parametrize("way", EIGHT)
 def test_networks_that_know_the_way_of_what_they_see_vote_for_it(way):
-    said = torch.stack([torch.eye(8)[after(way, turn)] * 5 for turn in EIGHT])[:, None].repeat(1, 2, 1)
-    found = votes(said)
-    assert found.argmax() == way and found.exp().sum() == pytest.approx(1)
+    said = torch.stack([torch.eye(8)[after(way, turn)] * 9 for turn in EIGHT])[:, None].repeat(1, 2, 1)
+    for turns in (EIGHT, [0, 3], [0]):
+        found = votes(said[list(turns)], turns)
+        assert found.argmax() == way and found.exp().sum() == pytest.approx(1)
+        assert is_sure(found) and not is_sure(torch.zeros(8).log_softmax(0))
 
 
 @pytest.mark.parametrize(("ahead", "expected"), [(0.9 * CLEAR, 0), (1.1 * CLEAR, 5), (-1.0, 0)])

@@ -9,6 +9,7 @@ from torch import nn
 from scripts.data.axes import declared
 from scripts.data.checks import InputError
 from scripts.network import fields
+from scripts.network.segmentation import GlandNetwork
 from scripts.registration import segmentation
 from scripts.registration.initial_transform import align_moments, maximum_a_posteriori
 from scripts.registration.orientation import turned as stored
@@ -401,22 +402,48 @@ def test_training_batches_hold_the_same_input_as_registration(weights):
     assert (batch["image"][0, 2:] - image[2:]).abs().mean() < 0.01  # glands went through the image's grid
 
 
-@pytest.mark.parametrize(("logit", "cubes"), [(9.0, 2), (1.0, 9)])
-def test_a_network_that_is_sure_that_a_cube_is_upright_is_asked_once(logit, cubes):
-    """Straight and in the mirror, or made upright from all eight ways and in the mirror."""
-    seen = []
+class Says(torch.nn.Module):
+    """A network that sees the image as the gland, and says `first` the logits of the ways, and then others."""
 
-    class Sure(torch.nn.Module):
-        def forward(self, image):
-            seen.append(len(image))
-            ways = torch.tensor([logit, *[0.0] * 7]).view(1, 8, 1, 1, 1).expand(len(image), -1, *image.shape[2:])
-            return torch.cat([image, ways], dim=1)
+    def __init__(self, first, then):
+        super().__init__()
+        self.seen, self.first, self.then = [], torch.tensor(first), torch.tensor(then)
 
-    cube = torch.rand(1, 1, 6, 6, 6, generator=torch.Generator().manual_seed(0))
-    predictions, said, _ = look([Sure()], cube)
-    assert sum(seen) == cubes and said.exp().sum() == pytest.approx(1)
-    if cubes == 2:
-        assert torch.allclose(predictions, torch.stack([cube[0]] * 2).sigmoid()) and said.argmax() == 0
+    def forward(self, image):
+        ways = self.then if self.seen else self.first
+        self.seen.append(len(image))
+        return torch.cat([image, ways.view(1, 8, 1, 1, 1).expand(len(image), -1, *image.shape[2:])], dim=1)
+
+
+UPRIGHT, FIFTH, UNSURE = ([9.0, *[0.0] * 7], [*[0.0] * 5, 9.0, 0.0, 0.0], [1.0, *[0.0] * 7])
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "looks", "way"),
+    [
+        (UPRIGHT, None, [2], 0),
+        (UNSURE, UNSURE, [2, 7], 0),
+        (FIFTH, UPRIGHT, [2, 2], 5),  # sure of another way, and, made upright from it, that it is upright
+        (FIFTH, UNSURE, [2, 2, 6, 2], 0),  # not sure any more: from all eight, and then it is seen as it is again
+    ],
+)
+def test_networks_that_are_sure_which_way_round_a_cube_is_are_not_asked_from_all_eight(first, then, looks, way):
+    network, cube = Says(first, then or first), torch.rand(1, 1, 6, 6, 6, generator=torch.Generator().manual_seed(0))
+    predictions, said, found = look([network], cube)
+    assert network.seen == looks and found == way and said.exp().sum() == pytest.approx(1)
+    assert torch.allclose(predictions, torch.stack([cube[0]] * 2).sigmoid())
+
+
+def test_instance_normalisation_is_the_same_in_eval_mode():
+    network, cubes = GlandNetwork(), torch.randn(2, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0))
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.InstanceNorm3d)]
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    with torch.no_grad():
+        plain, fast = network.train()(cubes), network.eval()(cubes)
+    assert len(norms) > 10
+    torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_a_network_never_sees_a_cube_alone_which_a_cpu_would_convolve_at_half_the_speed(weights):
