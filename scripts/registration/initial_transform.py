@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
+from scipy.optimize import minimize
 from torch import Tensor
 
 from scripts.data import checks, formats
@@ -78,19 +80,20 @@ def maximum_a_posteriori(fixed: MetaTensor, moving: MetaTensor) -> Tensor:
             shift = target + radius * (STRETCH * found[:3]).tanh() - linear @ centre
             return torch.cat([torch.cat([linear, shift[:, None]], dim=1), torch.eye(4, dtype=torch.float64)[3:]])
 
-        found = torch.zeros(6, dtype=torch.float64, requires_grad=True)
-        options = {"max_iter": 60, "tolerance_grad": 1e-5, "tolerance_change": 1e-9, "line_search_fn": "strong_wolfe"}
-        search = torch.optim.LBFGS([found], **options)  # not SciPy's: its BLAS threads wait aloud for six numbers
-
-        def cost() -> Tensor:
-            search.zero_grad()
+        def cost(values: np.ndarray) -> tuple[float, np.ndarray]:
+            found = torch.tensor(values, requires_grad=True)
             at = (to_moving @ transform(found) @ points)[None, :3, :, None, None].float()
             value = unlike(fields.sample(q, at)[..., 0, 0], p) + found[3:].square().sum() / 2 * TOGETHER
             value.backward()
-            return value
+            return value.item(), found.grad.numpy()
 
-        search.step(cost)
-        return transform(found).detach()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a third of the time: SciPy's BLAS has threads of its own, which wait by running
+        try:  # not by PyTorch's optimisers, which load its compiler
+            best = minimize(cost, np.zeros(6), jac=True, method="L-BFGS-B", options={"ftol": 1e-9, "gtol": 1e-5})
+        finally:
+            torch.set_num_threads(threads)
+        return transform(torch.from_numpy(best.x)).detach()
 
 
 def align_glands(fixed: MetaTensor, moving: MetaTensor, kind: str) -> Tensor:
