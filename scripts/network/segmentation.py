@@ -46,7 +46,7 @@ class GlandNetwork(nn.Module):
         self.unfold = SubpixelUpsample(3, 32, 1)
         for module in self.unet.modules():
             if isinstance(module, nn.InstanceNorm3d):
-                module.__class__ = InstanceNorm
+                module.__class__ = InstanceNorm  # DynUNet takes MONAI's own by name
         # where something lies says which way round it is; the mean over all of an instance-normalised map says nothing
         where = 32 * SEEN_AT**3
         self.orientation = nn.Sequential(nn.Flatten(), nn.LayerNorm(where), nn.Linear(where, ORIENTATIONS))

@@ -32,7 +32,7 @@ class _Shallow(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def has_shallow_maps(network: nn.Module, inputs: Tensor) -> bool:
     """Whether a convolution of `network` sees fewer planes (the first axis in space) than its kernel has.
 
