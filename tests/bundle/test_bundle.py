@@ -274,7 +274,9 @@ def test_the_three_configs_share_their_common_items():
         "dataloader",
         "checked_output",
         "postprocessing",
-    }  # inference goes on after a refusal, and its fields have a grid of their own; training has two datalists
+        "num_workers",
+    }  # inference goes on after a refusal, and its fields have a grid of their own; training has two datalists, and
+    # processes that make phantoms where the others have threads that read
     refined = {
         "inferer",
         "segment_glands",

@@ -204,7 +204,7 @@ def test_names_are_text_and_never_markup(browser, batch, case):
         else:
             assert HOSTILE in page.js("[...document.querySelectorAll('th a')].map(a => a.textContent)")
         assert page.js("document.title") != "run"
-        assert page.js("[...document.images].every(i => i.naturalWidth > 100)")
+        page.until("[...document.images].every(i => i.naturalWidth > 100)")  # they are loaded when they are seen
         assert page.js("document.querySelectorAll('b b, [onerror]').length") == 0
     assert page.asked_for() <= {p.as_uri() for p in (path, *path.parent.glob("*/overview.png"))}
 
