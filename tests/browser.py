@@ -46,6 +46,7 @@ class Page:
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         browser.get_log("performance"), browser.get_log("browser")
         browser.get(path.as_uri())
+        self.until("location.protocol == 'file:' && document.readyState == 'complete'")  # a busy browser is early
 
     def js(self, code):
         return self.browser.execute_script(f"return {code}")
