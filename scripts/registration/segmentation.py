@@ -175,10 +175,10 @@ def look(networks: Sequence[nn.Module], cube: Tensor, way: int | None = None) ->
         sure = is_sure(said)
         way = int(said.argmax()) if sure else 0
         if way:
-            seen, again = both(way)
-            turns, logits = [0, way], torch.cat([logits, again[:1].cpu()])
-            said, again = votes(logits, turns), votes(logits[1:], turns[1:])
-            sure = is_sure(again) and again.argmax() == way
+            seen, more = both(way)
+            turns, logits = [0, way], torch.cat([logits, more[:1].cpu()])
+            said, upright_said = votes(logits, turns), votes(logits[1:], turns[1:])
+            sure = is_sure(upright_said) and int(upright_said.argmax()) == way
         if not sure:
             others = [turn for turn in range(ORIENTATIONS) if turn not in turns]
             more = _seen(networks, torch.cat([upright(cube, turn) for turn in others]))[1]
@@ -250,7 +250,7 @@ class SegmentGlandsd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict:
         if not self.wanted:
             return dict(data)
-        if not self.networks:
+        if not self.networks:  # threads that begin together may each load them; they are the same
             self.networks = self._loaded()
         d = dict(data)
         for side in ("",) if "image" in d else ("moving_", "fixed_"):
