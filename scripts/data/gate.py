@@ -68,6 +68,8 @@ def read_ahead(dataset: Dataset, num_workers: int | None = None) -> Iterator[Any
         return
     pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
     torch.set_num_threads(max(1, threads - count))
+    turn = sys.getswitchinterval()  # which a thread waits before each operation while a picture is drawn beside it
+    sys.setswitchinterval(min(turn, 0.001))
     try:
         to_come = (pool.submit(items.__getitem__, index) for index in range(len(items)))
         ahead = deque(islice(to_come, count))
@@ -77,6 +79,7 @@ def read_ahead(dataset: Dataset, num_workers: int | None = None) -> Iterator[Any
             yield item
     finally:
         torch.set_num_threads(threads)
+        sys.setswitchinterval(turn)
         pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from contourpy import contour_generator
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,11 +20,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import median_filter
+from torch.nn import functional as F
 
 __all__ = ["centre_voxel", "deformed_grid", "draw_image", "draw_letters", "draw_outline", "draw_scale_bar", "drawing"]
 __all__ += ["edges", "gland_found", "loss_curve", "overview", "windowed"]
@@ -128,20 +131,19 @@ def overview(
                 (0.5 * fixed, fixed_gland, None),
             )
             for column, (image, *glands) in enumerate(panels):
-                ax = figure.add_subplot(grid[row, column])
+                ax = _panel(figure, grid[row, column], limits)
                 draw_image(ax, np.take(image, index, normal), mm)
                 if column == 4:
                     _draw_field(ax, deformed_grid(ddf, axes, index), np.take(magnitude, index, normal), mm, colours)
                 for gland, style in zip(glands, (FIXED, MOVING), strict=True):
                     if gland is not None:
                         draw_outline(ax, np.take(gland, index, normal), mm, style)
-                ax.set(xlim=limits[0][::-1], ylim=limits[1], xticks=[], yticks=[], facecolor=BACKGROUND)
-                ax.spines[:].set_visible(False)
                 draw_letters(ax, axes, size, spacing)
                 if row == 0:
                     ax.set_title(COLUMNS[column], color=INK, size=13, pad=8)
                 if column == 0:
                     label = f"{name}\nslice {index * every[normal] + 1} of {slices[normal]}"
+                    ax.yaxis.set_visible(True)
                     ax.set_ylabel(label, color=INK, size=11.5, labelpad=10, linespacing=1.4)
                     if row == 0:
                         draw_scale_bar(ax, extent, limits)
@@ -202,16 +204,15 @@ def gland_found(
         grid = figure.add_gridspec(2, 4, wspace=gap / 4, hspace=gap, **place)
         for number, (name, axes, index, close) in enumerate(panels):
             (normal,) = {0, 1, 2} - set(axes)
-            mm, ax = spacing[list(axes)], figure.add_subplot(grid[divmod(number, 4)])
+            mm = spacing[list(axes)]
+            middle = (np.array(centre) * spacing)[list(axes)] if close else (size[list(axes)] - mm) / 2
+            reach = half if close else size[list(axes)].max() / 2
+            limits = middle[:, None] + np.outer((reach, reach), (-1, 1))
+            ax = _panel(figure, grid[divmod(number, 4)], limits)
             draw_image(ax, np.take(image, index, normal), mm)
             for one, style in ((label, MOVING), (gland, FIXED)):
                 if one is not None:
                     draw_outline(ax, np.take(one, index, normal), mm, style)
-            middle = (np.array(centre) * spacing)[list(axes)] if close else (size[list(axes)] - mm) / 2
-            reach = half if close else size[list(axes)].max() / 2
-            limits = middle[:, None] + np.outer((reach, reach), (-1, 1))
-            ax.set(xlim=limits[0][::-1], ylim=limits[1], xticks=[], yticks=[], facecolor=BACKGROUND)
-            ax.spines[:].set_visible(False)
             ax.set_title(f"{name}, slice {index + 1} of {shape[normal]}", color=INK, size=12, pad=6)
             if not close:
                 draw_letters(ax, axes, size, spacing)
@@ -329,10 +330,30 @@ def edges(shape: tuple[int, int], mm: NDArray) -> list[float]:
     return [edge for n, step in zip(shape, mm, strict=True) for edge in (-0.5 * step, (n - 0.5) * step)]
 
 
+def _panel(figure: Figure, place: SubplotSpec, limits: NDArray) -> Axes:
+    """An empty panel with these `limits` in mm, shape (2, 2), x from right to left."""
+    ax = figure.add_subplot(place)
+    ax.set(xlim=limits[0][::-1], ylim=limits[1], yticks=[], facecolor=BACKGROUND)
+    ax.spines[:].set_visible(False)
+    ax.xaxis.set_visible(False)  # an axis takes as long as an image
+    ax.yaxis.set_visible(False)
+    return ax
+
+
 def draw_image(ax: Axes, plane: NDArray, mm: NDArray) -> None:
-    """A plane in [0, 1], shape (A, B), at its place in mm: voxel centres at index × `mm`."""
+    """A plane in [0, 1], shape (A, B), at its place in mm: voxel centres at index × `mm`.
+
+    It is made as fine as the pixels that the limits of `ax` give it, where they are set before.
+    """
     where = edges(plane.shape, mm)
-    ax.imshow(plane.T, "gray", vmin=0, vmax=1, origin="lower", extent=where, interpolation="bicubic")
+    if ax.get_autoscale_on():
+        ax.set(xlim=where[:2], ylim=where[2:])
+    corners = ax.transData.transform(np.reshape(where, (2, 2)).T)
+    size = np.rint(np.abs(corners[1] - corners[0])).astype(int).clip(1)
+    # by matplotlib it takes ten times as long, and leaves voxels out where a plane has more of them than pixels
+    fine = torch.from_numpy(plane.T.astype(np.float32))[None, None]
+    fine = F.interpolate(fine, size[::-1].tolist(), mode="bicubic", antialias=True)[0, 0].clamp(0, 1).numpy()
+    ax.imshow(fine, "gray", vmin=0, vmax=1, origin="lower", extent=where, interpolation="nearest")
 
 
 def _draw_field(ax: Axes, positions: NDArray, magnitude: NDArray, mm: NDArray, colours: ScalarMappable) -> None:
@@ -341,8 +362,10 @@ def _draw_field(ax: Axes, positions: NDArray, magnitude: NDArray, mm: NDArray, c
     pitch = (np.array(magnitude.shape) * mm).max() / 16
     for axis, step in enumerate(mm):
         every = max(1, round(pitch / step))
-        lines = np.moveaxis(positions, (axis + 1, 0), (0, 2))[every // 2 :: every]  # (line, point, 2)
-        values = np.moveaxis(magnitude, axis, 0)[every // 2 :: every]
+        count = magnitude.shape[1 - axis]
+        along = np.rint(np.linspace(0, count - 1, min(count, 41))).astype(int)  # a piece has six pixels or more
+        lines = np.moveaxis(positions, (axis + 1, 0), (0, 2))[every // 2 :: every, along]  # (line, point, 2)
+        values = np.moveaxis(magnitude, axis, 0)[every // 2 :: every, along]
         pieces = np.stack((lines[:, :-1], lines[:, 1:]), axis=2).reshape(-1, 2, 2)
         shades = colours.to_rgba(((values[:, :-1] + values[:, 1:]) / 2).ravel())
         ax.add_collection(LineCollection(pieces, colors=shades, linewidths=1.2, capstyle="round"))

@@ -55,13 +55,13 @@ def after(way: int, turn: int) -> int:
 
 
 def votes(logits: Tensor, turns: Sequence[int] = range(8)) -> Tensor:
-    """The logarithm of the probability of each way, (8,), from what networks say of a cube made upright from some ways.
+    """The logarithm of the probability of each way, (8,), by what a network says of a cube upright from some ways.
 
     Args:
-        logits: shape (turns, networks, 8).
+        logits: shape (turns, 8).
         turns: the ways that it was made upright from.
     """
-    said = logits.double().log_softmax(-1).mean(1)
+    said = logits.double().log_softmax(-1)
     mean = [
         torch.stack([of[after(way, turn)] for of, turn in zip(said, turns, strict=True)]).mean() for way in range(8)
     ]

@@ -32,7 +32,7 @@ from scripts.registration.precision import computes_bfloat16
 
 WHOLE = 32  # voxels along each axis of the cube of the first two passes
 SIDE = 48  # and of the last
-SIZES = {0.85: False, 1.15: True}  # of the cubes that the last pass sees too -> whether in the mirror
+VIEWS = ((1, False), (1.15, True)), ((1, True), (0.85, False))  # of the last pass: size of cube, whether in the mirror
 CLOSE = 1.5  # the second pass's cube, in lengths of the gland's longest diameter
 NOMINAL = 50.0  # mm, the longest diameter every gland is taken to have on a grid that is measured by the gland
 
@@ -140,53 +140,53 @@ def largest_component(probability: Tensor) -> Tensor:
     return probability * torch.from_numpy(~others).to(probability.device)
 
 
-def _seen(networks: Sequence[nn.Module], cubes: Tensor) -> tuple[Tensor, Tensor]:
-    """What networks see in cubes (N, 1, X, Y, Z): probability (N, networks, 1, X, Y, Z), orientation (N, networks, 8).
+def _seen(network: nn.Module, cubes: Tensor) -> tuple[Tensor, Tensor]:
+    """What a network sees in cubes (N, 1, X, Y, Z): the probability of the gland, likewise, and of each way (N, 8).
 
-    The latter are logits.
+    The latter are logits. A CPU convolves a single small cube at a third of the speed of two.
     """
-    seen = torch.stack([network(cubes).float() for network in networks], dim=1)
-    return seen[:, :, :1].sigmoid(), seen[:, :, 1:, 0, 0, 0]
+    seen = network(cubes).float()
+    return seen[:, :1].sigmoid(), seen[:, 1:, 0, 0, 0]
 
 
-def look(networks: Sequence[nn.Module], cube: Tensor, way: int | None = None) -> tuple[Tensor, Tensor | None, int]:
-    """What networks see in a cube (1, 1, X, Y, Z) when they see it upright, straight and in the mirror.
+def look(network: nn.Module, cube: Tensor, way: int | None = None) -> tuple[Tensor, Tensor | None, int]:
+    """What a network sees in a cube (1, 1, X, Y, Z) when it sees it upright, straight and in the mirror.
 
     Args:
-        way: it is stored, see `scripts.registration.orientation`; None to ask the networks. Where these are sure of
-            another way than upright, they see it made upright from that, too, and must be sure again; else, from all
+        way: it is stored, see `scripts.registration.orientation`; None to ask the network. Where it is sure of another
+            way than upright, it sees the cube made upright from that, too, and must be sure again; else, from all
             eight.
 
     Returns:
-        The probability of the gland on the cube as it is, (predictions, 1, X, Y, Z), those of the networks straight
-        first; the logarithm of the probability of each way, (8,), or None where they were not asked; the way.
+        The probability of the gland on the cube as it is, (2, 1, X, Y, Z), straight first; the logarithm of the
+        probability of each way, (8,), or None where it was not asked; the way.
     """
 
-    def both(way: int) -> tuple[Tensor, Tensor]:  # at once: a CPU convolves a single small cube at half the speed
+    def both(way: int) -> tuple[Tensor, Tensor]:
         straight = upright(cube, way)
-        return _seen(networks, torch.cat([straight, straight.flip(2)]))
+        seen, logits = _seen(network, torch.cat([straight, straight.flip(2)]))
+        return seen, logits[:1].cpu()
 
     if way is not None:
         seen, said = both(way)[0], None
     else:
         seen, logits = both(0)
-        turns, logits = [0], logits[:1].cpu()
-        said = votes(logits, turns)
+        turns, said = [0], votes(logits, [0])
         sure = is_sure(said)
         way = int(said.argmax()) if sure else 0
         if way:
             seen, more = both(way)
-            turns, logits = [0, way], torch.cat([logits, more[:1].cpu()])
-            said, upright_said = votes(logits, turns), votes(logits[1:], turns[1:])
+            turns, logits = [0, way], torch.cat([logits, more])
+            said, upright_said = votes(logits, turns), votes(more, [way])
             sure = is_sure(upright_said) and int(upright_said.argmax()) == way
         if not sure:
             others = [turn for turn in range(ORIENTATIONS) if turn not in turns]
-            more = _seen(networks, torch.cat([upright(cube, turn) for turn in others]))[1]
-            said = votes(torch.cat([logits, more.cpu()]), [*turns, *others])
+            more = _seen(network, torch.cat([upright(cube, turn) for turn in others]))[1].cpu()
+            said = votes(torch.cat([logits, more]), [*turns, *others])
             looked_at, way = way, believed(said)
             seen = seen if way == looked_at else both(way)[0]
     straight, mirrored = seen
-    return turned(torch.cat([straight, mirrored.flip(-3)]), way), said, way
+    return turned(torch.stack([straight, mirrored.flip(-3)]), way), said, way
 
 
 def agreement(predictions: Tensor) -> float:
@@ -277,37 +277,43 @@ class SegmentGlandsd(Transform):
     @torch.inference_mode()
     def see(self, volume: MetaTensor, centre: Tensor, length: float) -> MetaTensor:
         """The gland of a volume (1, X, Y, Z) in a cube at `centre`, edges of `length` mm, axes as the header says."""
-        affine = cube_affine(centre, frame(volume)[1], length)
-        cube = standardised(on_cube(on_black(volume), affine)).to(self.device)
-        mean = look(self.networks, cube, 0)[0].mean(0)[0].cpu()
-        return MetaTensor(largest_component(mean)[None].clone(), affine=affine)
+        axes = frame(volume)[1]
+        mean = self._last_pass(on_black(volume), centre, axes, length, 0)[1]
+        return MetaTensor(largest_component(mean)[None], affine=cube_affine(centre, axes, length))
 
-    def _at_sizes(
-        self, dark: MetaTensor, seen: Tensor, centre: Tensor, axes: Tensor, length: float, way: int
-    ) -> Tensor:
-        """The mean of what is seen in a cube (X, Y, Z), see `cube_affine`, and by one network in two other sizes."""
-        side = len(seen)
-        affine = cube_affine(centre, axes, length, side)
-        total, times = seen.clone(), torch.ones_like(seen)
-        others = [cube_affine(centre, axes, size * length, side) for size in SIZES]
-        cubes = [upright(standardised(on_cube(dark, other, side)), way) for other in others]
-        cubes = [cube.flip(2) if mirrored else cube for cube, mirrored in zip(cubes, SIZES.values(), strict=True)]
-        # by one network: of 88 images it found the gland as well as two, no other size less well
-        glands = _seen(self.networks[:1], torch.cat(cubes).to(self.device))[0].mean(1)[:, 0].cpu()
-        for found, other, mirrored in zip(glands, others, SIZES.values(), strict=True):
-            found = turned(found.flip(0) if mirrored else found, way)
-            to_other = torch.linalg.inv(other) @ affine
-            both = torch.stack([found, torch.ones_like(found)])[None]
-            found, shown = fields.resample(both, to_other, [side] * 3, padding_mode="outside")[0]
-            total, times = total + found, times + shown
-        return total / times
+    def _last_pass(
+        self, dark: MetaTensor, centre: Tensor, axes: Tensor, length: float, way: int
+    ) -> tuple[Tensor, Tensor]:
+        """What all networks see in a cube, see `cube_affine`, (predictions, X, Y, Z), and the mean over three sizes.
+
+        Each network sees one pair of `VIEWS`, a single one both: the other pair again would add nothing.
+        """
+        grids = {size: cube_affine(centre, axes, size * length) for views in VIEWS for size, _ in views}
+        cubes = {size: upright(standardised(on_cube(dark, grid)), way).to(self.device) for size, grid in grids.items()}
+        seen: dict[float, list[Tensor]] = {size: [] for size in grids}
+        for k in range(max(len(VIEWS), len(self.networks))):
+            network, views = self.networks[k % len(self.networks)], VIEWS[k % len(VIEWS)]
+            given = torch.cat([cubes[size].flip(2) if mirrored else cubes[size] for size, mirrored in views])
+            for (size, mirrored), found in zip(views, _seen(network, given)[0][:, 0], strict=True):
+                seen[size].append(turned(found.flip(0) if mirrored else found, way).cpu())
+        predictions = torch.stack(seen.pop(1))
+        total = predictions.mean(0)
+        times = torch.ones_like(total)
+        for size, found in seen.items():
+            mean = torch.stack(found).mean(0)
+            both = torch.stack([mean, torch.ones_like(mean)])[None]
+            to_other = torch.linalg.inv(grids[size]) @ grids[1]
+            mean, shown = fields.resample(both, to_other, mean.shape, padding_mode="outside")[0]
+            total, times = total + mean, times + shown
+        return predictions, total / times
 
     @torch.inference_mode()
     def find(self, volume: MetaTensor) -> tuple[MetaTensor, dict[str, Any]] | None:
         """The gland of a volume (1, X, Y, Z) and the confidence in it; None without one.
 
-        It is found in the whole volume, then in its surroundings, then in these on a finer grid, where cubes of three
-        sizes count. In the first pass the networks are asked which way round the volume is stored.
+        It is found in the whole volume, then in its surroundings, both by the first network, then in these on a finer
+        grid, by all networks and in cubes of three sizes. In the first pass the network is asked which way round the
+        volume is stored.
 
         The confidence: `agreement` of the last pass (see there); `blur`, Σ p(1 − p) over the voxels of the gland;
         `drift`, how far the last pass moved its centre, in lengths of its cube; `growth`, its length over the one
@@ -317,28 +323,34 @@ class SegmentGlandsd(Transform):
         """
         centre, axes, length = frame(volume)
         dark = on_black(volume)
-        first_said, way = None, None
-        for side in (WHOLE, WHOLE, SIDE):
-            affine = cube_affine(centre, axes, length, side)
-            cube = standardised(on_cube(dark, affine, side)).to(self.device)
-            predictions, said, way = look(self.networks, cube, way)
-            first_said = said if first_said is None else first_said
-            mean = predictions.mean(0)[0].cpu()
-            probability = largest_component(mean)
+        said, way = None, None
+        for _ in range(2):
+            affine = cube_affine(centre, axes, length, WHOLE)
+            cube = standardised(on_cube(dark, affine, WHOLE)).to(self.device)
+            predictions, asked, way = look(self.networks[0], cube, way)
+            said = asked if said is None else said
+            probability = largest_component(predictions.mean(0)[0].cpu())
             if not probability.any():
                 return None
-            gland = MetaTensor(probability[None], affine=affine)
-            (before, first), (centre, length) = (centre, length), close_up(gland)
+            centre, length = close_up(MetaTensor(probability[None], affine=affine))
+        affine = cube_affine(centre, axes, length)
+        predictions, at_sizes = self._last_pass(dark, centre, axes, length, way)
+        mean = predictions.mean(0)
+        probability = largest_component(mean)
+        if not probability.any():
+            return None
+        gland = MetaTensor(probability[None], affine=affine)
+        (before, first), (centre, length) = (centre, length), close_up(gland)
         blur = ((mean * (1 - mean)).sum() / (probability > 0.5).sum()).item()
-        at_sizes = largest_component(self._at_sizes(dark, mean, before, axes, first, way))
+        at_sizes = largest_component(at_sizes)
         gland = MetaTensor(at_sizes[None], affine=affine) if at_sizes.any() else gland
         inside = on_cube(MetaTensor(torch.ones_like(dark.as_tensor()), affine=dark.affine), affine)[0, 0]
         return gland, {
-            "agreement": agreement(predictions.cpu()),
+            "agreement": agreement(predictions),
             "blur": blur,
             "drift": (centre - before).norm().item() / length,
             "growth": length / first,
             "cut_percent": cut_percent(gland[0].as_tensor(), inside),
-            "orientation": (first_said[1:].max() - first_said[0]).item(),
+            "orientation": (said[1:].max() - said[0]).item(),
             "axes": codes(volume.affine.numpy(), way),
         }

@@ -296,3 +296,33 @@ def test_loss_curve_refuses_wrong_shapes_by_name(tmp_path, steps, losses, valida
     with pytest.raises(ValueError, match=f"^{name}: "):
         loss_curve(tmp_path / "loss.png", steps, losses, validation)
     assert not list(tmp_path.iterdir())
+
+
+def shown(plane, mm, limits, pixels=200):
+    """What the pixels of a panel of `pixels` show, from the top; x runs from left to right."""
+    figure = figures.Figure(figsize=(pixels / 100,) * 2, dpi=100, facecolor="black")
+    canvas = figures.FigureCanvasAgg(figure)
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set_axis_off()
+    if limits is not None:
+        ax.set(xlim=limits[0], ylim=limits[1])
+    figures.draw_image(ax, plane, np.array(mm))
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., 0] / 255
+
+
+@pytest.mark.parametrize("limits", [None, ((-0.25, 199.75), (-0.25, 199.75))])
+def test_a_plane_with_more_voxels_than_pixels_is_shown_by_their_means(limits):
+    board = (np.arange(400)[:, None] // 2 + np.arange(400) // 2) % 2  # of squares of two voxels, one pixel
+    fine = (np.arange(400)[:, None] + np.arange(400)) % 2  # two to a pixel
+    for plane, spread in ((fine, 0.02), (board, 0.6)):
+        seen = shown(plane.astype(float), (0.5, 0.5), limits)
+        assert seen.mean() == pytest.approx(0.5, abs=0.01) and np.abs(seen - 0.5).max() < spread
+
+
+def test_a_voxel_is_shown_at_its_place_in_mm():
+    plane = np.zeros((20, 10))
+    plane[4, 7] = 1  # 8 mm from the left, 28 mm from below
+    seen = shown(plane, (2.0, 4.0), ((-1, 39), (-1, 39)))
+    rows, columns = (np.average(np.arange(200) + 0.5, weights=seen.sum(axis)) for axis in (1, 0))
+    assert columns == pytest.approx(200 * (8 + 1) / 40, abs=1) and rows == pytest.approx(200 * (39 - 28) / 40, abs=1)

@@ -48,7 +48,7 @@ def test_a_cube_made_upright_from_another_way_is_stored_as_after_says_but_for_le
 
 @pytest.mark.parametrize("way", EIGHT)
 def test_networks_that_know_the_way_of_what_they_see_vote_for_it(way):
-    said = torch.stack([torch.eye(8)[after(way, turn)] * 9 for turn in EIGHT])[:, None].repeat(1, 2, 1)
+    said = torch.stack([torch.eye(8)[after(way, turn)] * 9 for turn in EIGHT])
     for turns in (EIGHT, [0, 3], [0]):
         found = votes(said[list(turns)], turns)
         assert found.argmax() == way and found.exp().sum() == pytest.approx(1)

@@ -281,12 +281,12 @@ def body(side):
 def test_networks_see_a_cube_upright_and_in_the_mirror_however_it_is_stored(way):
     network, cube = KnowsTheWay(), body(16)[None, None]
     shown = stored(cube, way)
-    gland, said, found = look([network], shown)
+    gland, said, found = look(network, shown)
     assert found == way and said.argmax() == way and said.exp().sum() == pytest.approx(1)
     straight, mirrored = (network(c)[:, :1].sigmoid() for c in (cube, cube.flip(2)))
     assert not torch.allclose(straight, mirrored.flip(2))
     torch.testing.assert_close(gland, stored(torch.cat([straight, mirrored.flip(2)]), way))
-    again, unasked, _ = look([network], shown, way)
+    again, unasked, _ = look(network, shown, way)
     assert unasked is None and torch.allclose(again, gland, atol=1e-6)
 
 
@@ -305,21 +305,41 @@ def test_a_volume_whose_header_lies_has_its_gland_found_where_it_is_and_the_lett
     assert again["confidence"]["orientation"] < 0 and again["confidence"]["axes"] == confidence["axes"]
 
 
-def test_several_networks_find_the_mean_of_their_probabilities(tmp_path):
-    paths, found = [], []
-    for k, gain in enumerate((4.0, 16.0)):
+@pytest.fixture
+def gains(tmp_path):
+    """Weights of `Bright` networks that see differently."""
+    paths = []
+    for k, gain in enumerate((4.0, 16.0, 9.0)):
         network = Bright()
         nn.init.constant_(network.gain, gain)
         paths.append(str(tmp_path / f"start_{k}.pt"))
         torch.save(network.state_dict(), paths[-1])
-    cube = torch.rand(1, 1, 32, 32, 32)
-    both = SegmentGlandsd(Bright(), paths)
-    volume = ellipsoid((32, 32, 32), turned((1, 1, 1), 0.0), (15, 16, 15), (8, 9, 7))
-    both({"moving_image": volume, "fixed_image": volume})
-    for network in both.networks:
-        found.append(look([network], cube)[0].mean(0))
-    assert not torch.allclose(*found)
-    assert torch.allclose(look(both.networks, cube)[0].mean(0), sum(found) / 2, atol=1e-6)
+    return paths
+
+
+def last_pass(paths, way=0):
+    """What networks see last around a gland that is not the same on both sides."""
+    finder, volume = SegmentGlandsd(Bright(), paths), single()["image"]
+    finder.networks = finder._loaded()
+    centre, axes, length = frame(volume)
+    with torch.inference_mode():
+        return finder._last_pass(volume, centre, axes, length, way)
+
+
+@pytest.mark.parametrize("way", [0, 3])
+def test_every_network_counts_in_the_last_pass_and_a_network_twice_as_once(gains, way):
+    alone = [last_pass([path], way) for path in gains]
+    for predictions, mean in alone:  # it sees brightness, in the mirror as straight
+        assert predictions.shape == (2, *mean.shape)
+        torch.testing.assert_close(predictions[0], predictions[1])
+    for count in (2, 3):
+        predictions, mean = last_pass(gains[:count], way)
+        assert len(predictions) == count
+        for own, (seen, _) in zip(predictions, alone, strict=False):
+            torch.testing.assert_close(own, seen[0])
+        assert all((mean - other).abs().max() > 0.01 for _, other in alone)
+    for twice, once in zip(last_pass([gains[0]] * 2, way), alone[0], strict=True):
+        torch.testing.assert_close(twice, once)
 
 
 def test_an_image_without_a_gland_is_refused_by_name(weights):
@@ -429,7 +449,7 @@ UPRIGHT, FIFTH, UNSURE = ([9.0, *[0.0] * 7], [*[0.0] * 5, 9.0, 0.0, 0.0], [1.0, 
 )
 def test_networks_that_are_sure_which_way_round_a_cube_is_are_not_asked_from_all_eight(first, then, looks, way):
     network, cube = Says(first, then or first), torch.rand(1, 1, 6, 6, 6, generator=torch.Generator().manual_seed(0))
-    predictions, said, found = look([network], cube)
+    predictions, said, found = look(network, cube)
     assert network.seen == looks and found == way and said.exp().sum() == pytest.approx(1)
     assert torch.allclose(predictions, torch.stack([cube[0]] * 2).sigmoid())
 
