@@ -88,14 +88,15 @@ def overview(
     gland_before = None if gland_before is None else _checked("gland_before", gland_before, shape)
     gland_after = None if gland_after is None else _checked("gland_after", gland_after, shape)
 
-    fixed = windowed(fixed, fixed)
-    before, after = (windowed(image, np.stack((before, after))) for image in (before, after))
-    board = np.where(_checkerboard(shape, spacing), after, fixed)
-    magnitude = np.linalg.norm(ddf * spacing[:, None, None, None], axis=0)
+    of_fixed, of_moving = _window(fixed), _window(np.stack((before, after)))
+    cubes = _checkerboard(shape, spacing)
     centre = centre_voxel(shape, fixed_gland, gland_after)
+    magnitudes = [
+        np.linalg.norm(np.take(ddf, index, axis + 1) * spacing[:, None, None], axis=0)
+        for axis, index in enumerate(centre)
+    ]
     # The scale ends at 1 mm or more, so that a field of rounding errors does not look like motion.
-    shown = (np.take(magnitude, centre[axis], axis).max() for axis in range(3))
-    colours = ScalarMappable(Normalize(0, max(1.0, *shown)), MOTION)
+    colours = ScalarMappable(Normalize(0, max(1.0, *(m.max() for m in magnitudes))), MOTION)
 
     slices = shape if slices is None else slices
     every = [-(-n // given) for n, given in zip(slices, shape, strict=True)]
@@ -119,25 +120,29 @@ def overview(
             wspace=gap / column_width,
             hspace=3 * gap / (scale * heights.sum()),
         )
+        volumes = (fixed, before, after, fixed_gland, gland_before, gland_after, cubes)
         for row, (name, axes) in enumerate(PLANES.items()):
             (normal,) = {0, 1, 2} - set(axes)
             index, mm = centre[normal], spacing[list(axes)]
             limits = (size[list(axes)] - mm)[:, None] / 2 + np.outer((extent, heights[row]), (-0.5, 0.5))
+            cut = [None if v is None else np.take(v, index, normal) for v in volumes]
+            trus, first, last, outline, outline_before, outline_after, board = cut
+            trus, first, last = _shaded(trus, *of_fixed), _shaded(first, *of_moving), _shaded(last, *of_moving)
             panels = (
-                (fixed, fixed_gland, None),
-                (before, fixed_gland, gland_before),
-                (after, fixed_gland, gland_after),
-                (board, fixed_gland, gland_after),
-                (0.5 * fixed, fixed_gland, None),
+                (trus, outline, None),
+                (first, outline, outline_before),
+                (last, outline, outline_after),
+                (np.where(board, last, trus), outline, outline_after),
+                (0.5 * trus, outline, None),
             )
             for column, (image, *glands) in enumerate(panels):
                 ax = _panel(figure, grid[row, column], limits)
-                draw_image(ax, np.take(image, index, normal), mm)
+                draw_image(ax, image, mm)
                 if column == 4:
-                    _draw_field(ax, deformed_grid(ddf, axes, index), np.take(magnitude, index, normal), mm, colours)
+                    _draw_field(ax, deformed_grid(ddf, axes, index), magnitudes[normal], mm, colours)
                 for gland, style in zip(glands, (FIXED, MOVING), strict=True):
                     if gland is not None:
-                        draw_outline(ax, np.take(gland, index, normal), mm, style)
+                        draw_outline(ax, gland, mm, style)
                 draw_letters(ax, axes, size, spacing)
                 if row == 0:
                     ax.set_title(COLUMNS[column], color=INK, size=13, pad=8)
@@ -287,9 +292,10 @@ def deformed_grid(ddf: NDArray, axes: tuple[int, int], index: int) -> NDArray:
     return np.indices(u.shape[1:]) + u
 
 
-def _checked(name: str, values: ArrayLike, shape: tuple[int, ...] | None = None) -> NDArray[np.float64]:
-    """`values` as float64, after the refusal of a wrong shape or a value that is not finite."""
-    values = np.asarray(values, dtype=np.float64)
+def _checked(name: str, values: ArrayLike, shape: tuple[int, ...] | None = None) -> NDArray:
+    """`values` in float32 if they are, else in float64; a wrong shape or a value that is not finite is refused."""
+    values = np.asarray(values)
+    values = values if values.dtype == np.float32 else values.astype(np.float64, copy=False)
     if shape is not None and values.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {values.shape}")
     if not np.isfinite(values).all():
@@ -306,7 +312,16 @@ def _series(name: str, steps: ArrayLike, values: ArrayLike) -> tuple[NDArray, ND
 
 def windowed(image: NDArray, reference: NDArray) -> NDArray:
     """`image` in [0, 1] between the 1st and 99th percentile of `reference`; mid-grey if these are equal."""
-    low, high = np.percentile(reference, (1, 99))
+    return _shaded(image, *_window(reference))
+
+
+def _window(reference: NDArray) -> NDArray:
+    """The 1st and 99th percentile."""
+    return np.percentile(reference, (1, 99))
+
+
+def _shaded(image: NDArray, low: float, high: float) -> NDArray:
+    """`image` in [0, 1] between `low` and `high`; mid-grey if these are equal."""
     return np.clip((image - low) / (high - low), 0, 1) if high > low else np.full(image.shape, 0.5)
 
 
