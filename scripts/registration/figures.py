@@ -363,6 +363,8 @@ def draw_image(ax: Axes, plane: NDArray, mm: NDArray) -> None:
     where = edges(plane.shape, mm)
     if ax.get_autoscale_on():
         ax.set(xlim=where[:2], ylim=where[2:])
+    ax.set_aspect("equal")
+    ax.apply_aspect()
     corners = ax.transData.transform(np.reshape(where, (2, 2)).T)
     size = np.rint(np.abs(corners[1] - corners[0])).astype(int).clip(1)
     # by matplotlib it takes ten times as long, and leaves voxels out where a plane has more of them than pixels
