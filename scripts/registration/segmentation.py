@@ -225,8 +225,7 @@ class SegmentGlandsd(Transform):
         path: its weights; or several files, whose networks' probabilities are averaged.
         device: where it runs.
         wanted: False leaves a pair as it is.
-        at_labels: True looks once, where the labelled gland is, as training wants it: a fifth of the time. Adds no
-            confidence.
+        at_labels: True looks once, where the labelled gland is, as training wants it. Adds no confidence.
         precision: "bfloat16" runs the networks in it where the hardware has it, see `PrecisionInferer`; all else is
             float32: what is found then depends on no processor.
 
@@ -286,7 +285,7 @@ class SegmentGlandsd(Transform):
     ) -> tuple[Tensor, Tensor]:
         """What all networks see in a cube, see `cube_affine`, (predictions, X, Y, Z), and the mean over three sizes.
 
-        Each network sees one pair of `VIEWS`, a single one both: the other pair again would add nothing.
+        Each network sees one pair of `VIEWS`, a single one both; glands are as good as if each saw both.
         """
         grids = {size: cube_affine(centre, axes, size * length) for views in VIEWS for size, _ in views}
         cubes = {size: upright(standardised(on_cube(dark, grid)), way).to(self.device) for size, grid in grids.items()}
