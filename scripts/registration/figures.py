@@ -194,7 +194,7 @@ def gland_found(
     shape = image.shape
     gland, spacing = _checked("gland", gland, shape), _checked("spacing", spacing, (3,))
     label = None if label is None else _checked("label", label, shape)
-    image, size = windowed(image, image), np.array(shape) * spacing
+    window, size = _window(image), np.array(shape) * spacing
     centre, where = centre_voxel(shape, gland), np.argwhere(gland > 0.5)
     low, high = (where.min(0), where.max(0)) if len(where) else (np.zeros(3, int), np.array(shape) - 1)
     half = 0.8 * ((high - low + 1) * spacing).max()
@@ -214,7 +214,7 @@ def gland_found(
             reach = half if close else size[list(axes)].max() / 2
             limits = middle[:, None] + np.outer((reach, reach), (-1, 1))
             ax = _panel(figure, grid[divmod(number, 4)], limits)
-            draw_image(ax, np.take(image, index, normal), mm)
+            draw_image(ax, _shaded(np.take(image, index, normal), *window), mm)
             for one, style in ((label, MOVING), (gland, FIXED)):
                 if one is not None:
                     draw_outline(ax, np.take(one, index, normal), mm, style)
